@@ -1,0 +1,1 @@
+"""Vision-RWKV models: the backbones and their layers, each defined once."""

@@ -1,0 +1,19 @@
+"""The backbones.
+
+The adapters need mmcv with its compiled operators, so they are imported when first asked for.
+"""
+
+from importlib import import_module
+
+from .vrwkv import VRWKV
+
+# A star import must work without mmcv, so the adapters are not in it.
+__all__ = ['VRWKV']
+
+_LAZY = {'VRWKVAdapter': 'vrwkv_adapter'}
+
+
+def __getattr__(name: str) -> type:
+    if name not in _LAZY:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    return getattr(import_module(f'.{_LAZY[name]}', __name__), name)

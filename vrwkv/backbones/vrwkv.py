@@ -1,0 +1,306 @@
+"""The Vision-RWKV backbone."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+
+import torch
+from mmengine.model import BaseModule, ModuleList
+from torch import Tensor, nn
+
+from ..layers import PatchEmbed, VRWKVLayer, resize_pos_embed
+from ..layers._checks import check_choice, check_int, check_rate
+
+INTERPOLATE_MODES = ('bicubic', 'bilinear')
+
+
+class VRWKV(BaseModule):
+    """Vision-RWKV: a plain backbone with global attention at linear cost.
+
+    From `Vision-RWKV: Efficient and Scalable Visual Perception with RWKV-Like Architectures
+    <https://arxiv.org/abs/2403.02308>`_. Parameters are named as in the released weights. Loading
+    weights resizes the position embedding where the grids differ, and raises an error where the
+    weights are another model's, with ``strict=False`` too.
+
+    Args:
+        img_size: Height and width of the training images in pixels, or one number for both.
+            Images of other sizes are accepted: the position embedding is resized.
+        patch_size: Side of a patch in pixels.
+        in_channels: Channels of the images.
+        out_indices: Layer or layers whose outputs are returned, from 0; negative ones count from
+            the end. The outputs come in the order of the layers.
+        drop_rate: Dropout after the position embedding, in [0, 1].
+        embed_dims: Channels of a token, C.
+        depth: Number of layers.
+        drop_path_rate: Stochastic depth of the last layer, in [0, 1]; it rises linearly from 0 in
+            the first one.
+        channel_gamma: Fraction of the channels in each group of the token shift, at most 1/4.
+        shift_pixel: Distance of the token shift in tokens. 0 is ``shift_mode='none'``.
+        shift_mode: The token shift: ``'q_shift'``, ``'single_shift'``, ``'double_shift'`` or
+            ``'none'``, see :class:`~vrwkv.layers.TokenShift`.
+        init_mode: How decay, bonus and mixes start: ``'fancy'``, ``'local'`` or ``'global'``, see
+            :class:`~vrwkv.layers.SpatialMix`.
+        post_norm: Whether to normalise after, and not before, each sub-layer.
+        key_norm: Whether to normalise inside the sub-layers.
+        init_values: Start of the layer scales, or None for no layer scale.
+        hidden_rate: Hidden channels of the channel mix per channel.
+        final_norm: Whether to normalise the output of the last layer.
+        interpolate_mode: How the position embedding is resized: ``'bicubic'`` or ``'bilinear'``.
+        with_cp: Whether to recompute each layer in the backward pass to save memory.
+        init_cfg: mmengine's initialisation config, such as ``dict(type='Pretrained',
+            checkpoint=..., prefix='backbone.')``.
+        causal: Whether attention sees only the tokens before, as RWKV's own does (paper, table 5).
+
+    Raises:
+        TypeError: If an argument has a wrong type.
+        ValueError: If an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        img_size: int | Sequence[int] = 224,
+        patch_size: int = 16,
+        in_channels: int = 3,
+        out_indices: int | Sequence[int] = -1,
+        drop_rate: float = 0.0,
+        embed_dims: int = 256,
+        depth: int = 12,
+        drop_path_rate: float = 0.0,
+        channel_gamma: float | None = 1 / 4,
+        shift_pixel: int = 1,
+        shift_mode: str = 'q_shift',
+        init_mode: str = 'fancy',
+        post_norm: bool = False,
+        key_norm: bool = False,
+        init_values: float | None = None,
+        hidden_rate: float = 4,
+        final_norm: bool = True,
+        interpolate_mode: str = 'bicubic',
+        with_cp: bool = False,
+        init_cfg: dict | list[dict] | None = None,
+        causal: bool = False,
+    ) -> None:
+        super().__init__(init_cfg)
+        check_int('depth', depth, 1)
+        check_rate('drop_rate', drop_rate)
+        check_rate('drop_path_rate', drop_path_rate)
+        check_choice('interpolate_mode', interpolate_mode, INTERPOLATE_MODES)
+        self.embed_dims = embed_dims
+        self.depth = depth
+        self.interpolate_mode = interpolate_mode
+        self.out_indices = _layer_indices(out_indices, depth)
+
+        self.patch_embed = PatchEmbed(in_channels, embed_dims, patch_size)
+        self.img_size = _image_size(img_size, patch_size)
+        self.patch_resolution = tuple(side // patch_size for side in self.img_size)
+        self.pos_embed = nn.Parameter(torch.zeros(1, math.prod(self.patch_resolution), embed_dims))
+        self.drop_after_pos = nn.Dropout(drop_rate)
+        self.layers = ModuleList(
+            VRWKVLayer(
+                embed_dims,
+                depth,
+                layer_id,
+                shift_mode=shift_mode,
+                shift_pixel=shift_pixel,
+                channel_gamma=channel_gamma,
+                drop_path=drop_path_rate * layer_id / max(depth - 1, 1),
+                hidden_rate=hidden_rate,
+                init_mode=init_mode,
+                init_values=init_values,
+                post_norm=post_norm,
+                key_norm=key_norm,
+                causal=causal,
+                with_cp=with_cp,
+            )
+            for layer_id in range(depth)
+        )
+        self.ln1 = nn.LayerNorm(embed_dims) if final_norm else None
+
+    def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Turn images into tokens with their position embedding.
+
+        Args:
+            x: Images of shape ``(B, in_channels, H, W)``.
+
+        Returns:
+            Tokens of shape ``(B, h * w, C)`` in row-major order and their grid ``(h, w)``.
+
+        Raises:
+            TypeError: If the images are not floating point.
+            ValueError: If their rank, channels or size do not fit.
+        """
+        x, resolution = self.patch_embed(x)
+        x = x + resize_pos_embed(
+            self.pos_embed, self.patch_resolution, resolution, self.interpolate_mode
+        )
+        return self.drop_after_pos(x), resolution
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Compute feature maps.
+
+        Args:
+            x: Images of shape ``(B, in_channels, H, W)``. Pixels beyond the last whole patch are
+                left out.
+
+        Returns:
+            For each of ``out_indices`` a map of shape ``(B, C, H // patch_size,
+            W // patch_size)``.
+
+        Raises:
+            TypeError: If the images are not floating point.
+            ValueError: If their rank, channels or size do not fit.
+        """
+        x, resolution = self.embed(x)
+        outs = []
+        for i, layer in enumerate(self.layers):
+            x = layer(x, resolution)
+            if i == self.depth - 1 and self.ln1 is not None:
+                x = self.ln1(x)
+            if i in self.out_indices:
+                outs.append(x.transpose(1, 2).unflatten(2, resolution))
+        return tuple(outs)
+
+    def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
+        """Say how deep a parameter lies, for layer-wise decay of the learning rate.
+
+        Args:
+            param_name: The parameter's full name.
+            prefix: What precedes this backbone's own names in it, such as ``'backbone.'``.
+
+        Returns:
+            The parameter's depth and the number of depths, ``depth + 2``: 0 for the position and
+            patch embedding, N + 1 for layer N, and ``depth + 1`` for everything else.
+        """
+        num_layers = self.depth + 2
+        name = param_name.removeprefix(prefix)
+        if param_name.startswith(prefix):
+            if name == 'pos_embed' or name.startswith('patch_embed.'):
+                return 0, num_layers
+            if name.startswith('layers.'):
+                return int(name.split('.')[1]) + 1, num_layers
+        return num_layers - 1, num_layers
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, *args, **kwargs
+    ) -> None:
+        """Check and fit the weights before torch or mmengine loads them.
+
+        mmengine only logs a warning where nothing fits, and trains from scratch.
+        """
+        self._check_model(state_dict, prefix)
+        key = prefix + 'pos_embed'
+        if key in state_dict:
+            state_dict[key] = self._fit_pos_embed(state_dict[key])
+        self._check_shapes(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _check_model(self, state_dict: Mapping[str, Tensor], prefix: str) -> None:
+        """Raise an error unless the state dict holds VRWKV layers under the prefix."""
+        marker = 'layers.0.att.spatial_decay'
+        if prefix + marker in state_dict:
+            return
+        message = (
+            f'no weights of {type(self).__name__} in the state dict: there is no '
+            f'{prefix + marker!r} among its {len(state_dict)} keys'
+        )
+        if state_dict:
+            message += f' ({", ".join(list(state_dict)[:3])}, ...)'
+        elsewhere = [key.removesuffix(marker) for key in state_dict if key.endswith(marker)]
+        if elsewhere:
+            message += (
+                f'. There are such weights under {elsewhere[0]!r}: load the whole model, or name '
+                f"it as the prefix, as in init_cfg=dict(type='Pretrained', checkpoint=..., "
+                f'prefix={elsewhere[0]!r})'
+            )
+        else:
+            message += '. Is it the checkpoint of another model?'
+        raise RuntimeError(message)
+
+    def _fit_pos_embed(self, pos_embed: Tensor) -> Tensor:
+        """Resize a position embedding of a square grid to this model's grid."""
+        if pos_embed.dim() != 3 or pos_embed.shape[1] == self.pos_embed.shape[1]:
+            return pos_embed
+        side = math.isqrt(pos_embed.shape[1])
+        if side * side != pos_embed.shape[1]:
+            raise RuntimeError(
+                f'cannot resize the pos_embed of shape {tuple(pos_embed.shape)} in the state dict '
+                f'to the grid {self.patch_resolution} of this model: only a square grid can be '
+                'told from its length. Build the model with the img_size of the checkpoint; '
+                'images of other sizes may then go in'
+            )
+        return resize_pos_embed(
+            pos_embed, (side, side), self.patch_resolution, self.interpolate_mode
+        )
+
+    def _check_shapes(self, state_dict: Mapping[str, Tensor], prefix: str) -> None:
+        """Raise an error that says how the model of the state dict differs from this one."""
+        theirs = _describe(state_dict, prefix)
+        own = self.state_dict(keep_vars=True)
+        ours = _describe(own, '')
+        differing = [
+            f'{name}={theirs[name]} (here {ours[name]})'
+            for name in ours
+            if name in theirs and theirs[name] != ours[name]
+        ]
+        if not differing:
+            differing = [
+                f'{prefix + name} of shape {tuple(state_dict[prefix + name].shape)} '
+                f'(here {tuple(value.shape)})'
+                for name, value in own.items()
+                if prefix + name in state_dict and state_dict[prefix + name].shape != value.shape
+            ]
+        if differing:
+            raise RuntimeError(
+                f'the state dict is of a {type(self).__name__} with {", ".join(differing[:5])}: '
+                'build the model with the arguments of the checkpoint'
+            )
+
+
+def _layer_indices(out_indices: int | Sequence[int], depth: int) -> tuple[int, ...]:
+    """Make ``out_indices`` an ascending tuple of indices from 0."""
+    given = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
+    if not given:
+        raise ValueError('out_indices must name at least one layer, got none')
+    for index in given:
+        if not isinstance(index, int) or isinstance(index, bool):
+            raise TypeError(f'out_indices must be integers, got {out_indices!r}')
+        if not -depth <= index < depth:
+            raise ValueError(
+                f'out_indices must lie in [{-depth}, {depth - 1}] for depth={depth}, got {index}'
+            )
+    indices = sorted({index % depth for index in given})
+    if len(indices) != len(given):
+        raise ValueError(f'out_indices must name each layer once, got {out_indices!r}')
+    return tuple(indices)
+
+
+def _image_size(img_size: int | Sequence[int], patch_size: int) -> tuple[int, int]:
+    """Make ``img_size`` a pair (height, width) of at least a patch each."""
+    sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+    if len(sides) != 2:
+        raise ValueError(f'img_size must be one number or (height, width), got {img_size!r}')
+    for side in sides:
+        check_int('img_size', side, patch_size)
+    return sides
+
+
+def _describe(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, int]:
+    """Read the constructor arguments that determine shapes off a state dict."""
+    layers = {
+        int(match[1])
+        for key in state_dict
+        if (match := re.match(re.escape(prefix) + r'layers\.(\d+)\.', key))
+    }
+    described = {'depth': len(layers)}
+    decay = state_dict[prefix + 'layers.0.att.spatial_decay']
+    described['embed_dims'] = decay.shape[0]
+    kernel = state_dict.get(prefix + 'patch_embed.projection.weight')
+    if kernel is not None and kernel.dim() == 4:
+        described['in_channels'] = kernel.shape[1]
+        described['patch_size'] = kernel.shape[2]
+    hidden = state_dict.get(prefix + 'layers.0.ffn.key.weight')
+    if hidden is not None:
+        described['hidden_rate'] = hidden.shape[0] / decay.shape[0]
+    return described

@@ -1,0 +1,22 @@
+"""The layers that VRWKV models are made of."""
+
+from .drop_path import DropPath
+from .mix import INIT_MODES, ChannelMix, SpatialMix
+from .patch_embed import PatchEmbed
+from .position_embedding import resize_pos_embed
+from .token_shift import SHIFT_MODES, TokenShift, double_shift, single_shift
+from .vrwkv_layer import VRWKVLayer
+
+__all__ = [
+    'INIT_MODES',
+    'SHIFT_MODES',
+    'ChannelMix',
+    'DropPath',
+    'PatchEmbed',
+    'SpatialMix',
+    'TokenShift',
+    'VRWKVLayer',
+    'double_shift',
+    'resize_pos_embed',
+    'single_shift',
+]

@@ -1,0 +1,245 @@
+"""The two sub-layers of a VRWKV layer: spatial mix and channel mix."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from vrwkv_ops import bi_wkv
+
+from ._checks import check_choice
+from .token_shift import TokenShift
+
+INIT_MODES = ('fancy', 'local', 'global')
+
+
+def _fraction(numerator: Tensor | int, denominator: int) -> Tensor | float:
+    """Divide, counting a fraction whose denominator is 0 as 0."""
+    return numerator / denominator if denominator else numerator * 0.0
+
+
+class _Mix(nn.Module):
+    """What both sub-layers share: the token shift, its mixes and their initial values."""
+
+    def __init__(
+        self,
+        embed_dims: int,
+        depth: int,
+        layer_id: int,
+        shift_mode: str,
+        shift_pixel: int,
+        channel_gamma: float | None,
+        init_mode: str,
+        mixes: tuple[str, ...],
+    ) -> None:
+        super().__init__()
+        check_choice('init_mode', init_mode, INIT_MODES)
+        self.init_mode = init_mode
+        # Layer l of L: how far it is up the stack, and how much of the stack is above.
+        self.ratio_0_to_1 = _fraction(layer_id, depth - 1)
+        self.ratio_1_to_almost_0 = 1 - layer_id / depth
+        self.shift = TokenShift(embed_dims, shift_mode, shift_pixel, channel_gamma)
+        for name in mixes:
+            mix = nn.Parameter(torch.empty(1, 1, embed_dims)) if self.shift.enabled else None
+            self.register_parameter(name, mix)
+
+    def _init_mix(self, mix: nn.Parameter | None, exponent: float, offset: float = 0.0) -> None:
+        """Set a mix: ``(c / C) ** exponent + offset`` for channel c of C if fancy."""
+        if mix is None:
+            return
+        if self.init_mode == 'fancy':
+            channels = mix.shape[-1]
+            mix.copy_((torch.arange(channels) / channels) ** exponent + offset)
+        else:
+            mix.fill_(1.0 if self.init_mode == 'local' else 0.5)
+
+    def _init_linears(self) -> None:
+        for module in self.children():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+
+
+class SpatialMix(_Mix):
+    """Attention in linear time: token shift, Bi-WKV, gate (paper, equations 1, 2 and 5).
+
+    ``output(sigmoid(receptance(x_r)) * norm(bi_wkv(key(x_k), value(x_v))))``. The decay and the
+    bonus are divided by the number of tokens: equation 5, save that the paper does not divide the
+    bonus, which upstream's code does and released weights depend on.
+
+    Args:
+        embed_dims: Channels of a token, C.
+        depth: Number of layers in the stack, for the initial values.
+        layer_id: Index of this layer in the stack, from 0.
+        shift_mode: The token shift, see :class:`TokenShift`.
+        shift_pixel: Distance of the shift in tokens.
+        channel_gamma: Fraction of the channels in each group of the shift.
+        init_mode: How decay, bonus and mixes start: ``'fancy'``, spread over layers and channels;
+            ``'local'``, all ones; ``'global'``, no decay and no bonus, even mixes.
+        key_norm: Whether to normalise the result of Bi-WKV.
+        causal: Whether a token sees only itself and the tokens before it.
+
+    Raises:
+        TypeError: If an argument of the shift has a wrong type.
+        ValueError: If ``init_mode`` is unknown or an argument of the shift is out of its range.
+    """
+
+    def __init__(
+        self,
+        embed_dims: int,
+        depth: int,
+        layer_id: int,
+        shift_mode: str = 'q_shift',
+        shift_pixel: int = 1,
+        channel_gamma: float | None = 1 / 4,
+        init_mode: str = 'fancy',
+        key_norm: bool = False,
+        causal: bool = False,
+    ) -> None:
+        super().__init__(
+            embed_dims,
+            depth,
+            layer_id,
+            shift_mode,
+            shift_pixel,
+            channel_gamma,
+            init_mode,
+            mixes=('spatial_mix_k', 'spatial_mix_v', 'spatial_mix_r'),
+        )
+        self.causal = causal
+        self.spatial_decay = nn.Parameter(torch.empty(embed_dims))
+        self.spatial_first = nn.Parameter(torch.empty(embed_dims))
+        self.key = nn.Linear(embed_dims, embed_dims, bias=False)
+        self.value = nn.Linear(embed_dims, embed_dims, bias=False)
+        self.receptance = nn.Linear(embed_dims, embed_dims, bias=False)
+        self.key_norm = nn.LayerNorm(embed_dims) if key_norm else None
+        self.output = nn.Linear(embed_dims, embed_dims, bias=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set the initial values that ``init_mode`` and the layer's place call for."""
+        up, above = self.ratio_0_to_1, self.ratio_1_to_almost_0
+        self._init_mix(self.spatial_mix_k, above)
+        self._init_mix(self.spatial_mix_v, above, offset=0.3 * up)
+        self._init_mix(self.spatial_mix_r, above / 2)
+        if self.init_mode == 'fancy':
+            channels = len(self.spatial_decay)
+            channel = torch.arange(channels)
+            ramp = _fraction(channel, channels - 1)
+            self.spatial_decay.copy_(-5 + 8 * ramp ** (0.7 + 1.3 * up))
+            self.spatial_first.copy_(math.log(0.3) + 0.5 * ((channel + 1) % 3 - 1))
+        else:
+            self.spatial_decay.fill_(1.0 if self.init_mode == 'local' else 0.0)
+            self.spatial_first.fill_(1.0 if self.init_mode == 'local' else 0.0)
+        self._init_linears()
+
+    def forward(self, x: Tensor, resolution: tuple[int, int] | None = None) -> Tensor:
+        """Mix over tokens.
+
+        Args:
+            x: Tokens of shape ``(B, T, C)``.
+            resolution: Their grid ``(H, W)``. Only Q-Shift needs it.
+
+        Returns:
+            A tensor of the shape of ``x``.
+
+        Raises:
+            ValueError: If a Q-Shift has no grid, or one that does not match ``T``.
+        """
+        tokens = x.shape[1]
+        mixes = (self.spatial_mix_k, self.spatial_mix_v, self.spatial_mix_r)
+        xk, xv, xr = self.shift(x, mixes, resolution)
+        y = bi_wkv(
+            self.spatial_decay / tokens,
+            self.spatial_first / tokens,
+            self.key(xk),
+            self.value(xv),
+            causal=self.causal,
+        )
+        if self.key_norm is not None:
+            y = self.key_norm(y)
+        return self.output(torch.sigmoid(self.receptance(xr)) * y)
+
+
+class ChannelMix(_Mix):
+    """Feed-forward network with token shift and gate (paper, equations 3 and 4).
+
+    ``sigmoid(receptance(x_r)) * value(norm(relu(key(x_k)) ** 2))``.
+
+    Args:
+        embed_dims: Channels of a token, C.
+        depth: Number of layers in the stack, for the initial values.
+        layer_id: Index of this layer in the stack, from 0.
+        shift_mode: The token shift, see :class:`TokenShift`.
+        shift_pixel: Distance of the shift in tokens.
+        channel_gamma: Fraction of the channels in each group of the shift.
+        hidden_rate: Hidden channels per channel.
+        init_mode: How the mixes start, see :class:`SpatialMix`.
+        key_norm: Whether to normalise the hidden channels.
+
+    Raises:
+        TypeError: If an argument of the shift has a wrong type.
+        ValueError: If ``hidden_rate`` leaves no hidden channel, ``init_mode`` is unknown or an
+            argument of the shift is out of its range.
+    """
+
+    def __init__(
+        self,
+        embed_dims: int,
+        depth: int,
+        layer_id: int,
+        shift_mode: str = 'q_shift',
+        shift_pixel: int = 1,
+        channel_gamma: float | None = 1 / 4,
+        hidden_rate: float = 4,
+        init_mode: str = 'fancy',
+        key_norm: bool = False,
+    ) -> None:
+        super().__init__(
+            embed_dims,
+            depth,
+            layer_id,
+            shift_mode,
+            shift_pixel,
+            channel_gamma,
+            init_mode,
+            mixes=('spatial_mix_k', 'spatial_mix_r'),
+        )
+        hidden_dims = int(hidden_rate * embed_dims)
+        if hidden_dims < 1:
+            raise ValueError(
+                f'hidden_rate must leave at least one hidden channel of embed_dims={embed_dims}, '
+                f'got {hidden_rate!r}'
+            )
+        self.key = nn.Linear(embed_dims, hidden_dims, bias=False)
+        self.key_norm = nn.LayerNorm(hidden_dims) if key_norm else None
+        self.receptance = nn.Linear(embed_dims, embed_dims, bias=False)
+        self.value = nn.Linear(hidden_dims, embed_dims, bias=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set the initial values that ``init_mode`` and the layer's place call for."""
+        self._init_mix(self.spatial_mix_k, self.ratio_1_to_almost_0)
+        self._init_mix(self.spatial_mix_r, self.ratio_1_to_almost_0)
+        self._init_linears()
+
+    def forward(self, x: Tensor, resolution: tuple[int, int] | None = None) -> Tensor:
+        """Mix over channels.
+
+        Args:
+            x: Tokens of shape ``(B, T, C)``.
+            resolution: Their grid ``(H, W)``. Only Q-Shift needs it.
+
+        Returns:
+            A tensor of the shape of ``x``.
+
+        Raises:
+            ValueError: If a Q-Shift has no grid, or one that does not match ``T``.
+        """
+        xk, xr = self.shift(x, (self.spatial_mix_k, self.spatial_mix_r), resolution)
+        hidden = torch.square(torch.relu(self.key(xk)))
+        if self.key_norm is not None:
+            hidden = self.key_norm(hidden)
+        return torch.sigmoid(self.receptance(xr)) * self.value(hidden)

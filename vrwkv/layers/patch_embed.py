@@ -1,0 +1,65 @@
+"""From an image to tokens."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ._checks import check_int
+
+
+class PatchEmbed(nn.Module):
+    """Cut an image into square patches and project each to a token.
+
+    Rows and columns that do not fill a patch, at the bottom and at the right, are left out, as by
+    the patch embedding of mmpretrain's ``VisionTransformer``: pad the images where that matters.
+
+    Args:
+        in_channels: Channels of the image.
+        embed_dims: Channels of a token.
+        patch_size: Side of a patch in pixels.
+
+    Raises:
+        TypeError: If an argument is not an integer.
+        ValueError: If an argument is smaller than 1.
+    """
+
+    def __init__(self, in_channels: int = 3, embed_dims: int = 256, patch_size: int = 16) -> None:
+        super().__init__()
+        check_int('in_channels', in_channels, 1)
+        check_int('embed_dims', embed_dims, 1)
+        check_int('patch_size', patch_size, 1)
+        self.patch_size = patch_size
+        self.projection = nn.Conv2d(in_channels, embed_dims, patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Embed a batch of images.
+
+        Args:
+            x: Images of shape ``(B, in_channels, H, W)``, floating point.
+
+        Returns:
+            Tokens of shape ``(B, h * w, embed_dims)`` in row-major order, and their grid
+            ``(h, w)``, the image's sides divided by ``patch_size`` and rounded down.
+
+        Raises:
+            TypeError: If ``x`` is not floating point.
+            ValueError: If ``x`` is not a batch of images with ``in_channels`` channels, or is
+                smaller than a patch.
+        """
+        if x.dim() != 4 or x.shape[1] != self.projection.in_channels:
+            raise ValueError(
+                f'expected images of shape (B, {self.projection.in_channels}, H, W), '
+                f'got {tuple(x.shape)}'
+            )
+        if min(x.shape[2:]) < self.patch_size:
+            raise ValueError(
+                f'the image must be at least one patch high and wide ({self.patch_size} pixels), '
+                f'got height {x.shape[2]} and width {x.shape[3]}'
+            )
+        if not x.is_floating_point():
+            raise TypeError(
+                f'expected floating-point images, got {x.dtype}: normalise them first, for '
+                'instance with the data_preprocessor'
+            )
+        x = self.projection(x)
+        return x.flatten(2).transpose(1, 2), (x.shape[2], x.shape[3])

@@ -1,0 +1,43 @@
+"""Position embeddings on a grid."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+
+def resize_pos_embed(
+    pos_embed: Tensor,
+    source: tuple[int, int],
+    target: tuple[int, int],
+    mode: str = 'bicubic',
+) -> Tensor:
+    """Resize a position embedding to another grid of tokens.
+
+    Args:
+        pos_embed: The embedding, of shape ``(1, h * w, C)`` in row-major order.
+        source: Its grid ``(h, w)``.
+        target: The grid ``(H, W)`` that is wanted.
+        mode: Interpolation mode of :func:`torch.nn.functional.interpolate`, with
+            ``align_corners=False``.
+
+    Returns:
+        The embedding on the target grid, of shape ``(1, H * W, C)`` and of the dtype of
+        ``pos_embed``; ``pos_embed`` itself where the grids are equal.
+
+    Raises:
+        ValueError: If ``source`` does not multiply to the length of ``pos_embed``.
+    """
+    if pos_embed.dim() != 3 or pos_embed.shape[1] != source[0] * source[1]:
+        raise ValueError(
+            f'pos_embed must have the shape (1, {source[0]} * {source[1]}, C) of its grid '
+            f'{tuple(source)}, got {tuple(pos_embed.shape)}'
+        )
+    if source == target:
+        return pos_embed
+    # Half precision would round the interpolation's weights, and not every backend has it.
+    acc = torch.promote_types(pos_embed.dtype, torch.float32)
+    grid = pos_embed.to(acc).transpose(1, 2).unflatten(2, source)
+    grid = F.interpolate(grid, size=target, mode=mode, align_corners=False)
+    return grid.flatten(2).transpose(1, 2).to(pos_embed.dtype)
