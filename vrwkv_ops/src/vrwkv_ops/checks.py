@@ -1,0 +1,138 @@
+"""Argument checks, shared by every implementation and done before any of them runs."""
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_DTYPE_NAMES = ', '.join(str(dtype).removeprefix('torch.') for dtype in FLOAT_DTYPES)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype in which inputs of ``dtype`` are accumulated: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _check_float_tensor(op: str, name: str, value: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: '{name}' must be a torch.Tensor, got {type(value).__name__}")
+    if value.dtype not in FLOAT_DTYPES:
+        raise TypeError(
+            f"{op}: '{name}' has dtype {value.dtype}; accepted are {_DTYPE_NAMES}. "
+            f'Convert it first, e.g. {name}.float()'
+        )
+
+
+def _autocast_unifies(k: Tensor, v: Tensor) -> bool:
+    """Whether autocast will bring ``k`` and ``v`` to one dtype (it leaves float64 alone)."""
+    if torch.float64 in (k.dtype, v.dtype):
+        return False
+    return torch.is_autocast_enabled(k.device.type)
+
+
+def check_bi_wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor, causal: bool) -> None:
+    """Checks the arguments of :func:`vrwkv_ops.bi_wkv`.
+
+    Raises:
+        TypeError: If an argument is not a tensor, has a dtype that is not accepted, or if ``k`` and
+            ``v`` differ in dtype, or if ``causal`` is not a bool.
+        ValueError: If a rank, shape or device does not fit.
+    """
+    op = 'bi_wkv'
+    for name, value in (('w', w), ('u', u), ('k', k), ('v', v)):
+        _check_float_tensor(op, name, value)
+    if not isinstance(causal, bool):
+        raise TypeError(f"{op}: 'causal' must be a bool, got {type(causal).__name__}")
+    if k.dim() != 3:
+        raise ValueError(f"{op}: 'k' must have shape (B, T, C), got {tuple(k.shape)}")
+    if v.shape != k.shape:
+        raise ValueError(
+            f"{op}: 'v' must have the shape of 'k', {tuple(k.shape)}, got {tuple(v.shape)}"
+        )
+    tokens, channels = k.shape[1], k.shape[2]
+    if tokens < 1 or channels < 1:
+        raise ValueError(
+            f"{op}: 'k' of shape (B, T, C) needs T >= 1 and C >= 1, got {tuple(k.shape)}"
+        )
+    for name, value in (('w', w), ('u', u)):
+        if value.dim() != 1 or value.shape[0] != channels:
+            raise ValueError(
+                f"{op}: '{name}' must have shape (C,) = ({channels},) to match 'k' of shape "
+                f'{tuple(k.shape)}, got {tuple(value.shape)}'
+            )
+    for name, value in (('w', w), ('u', u), ('v', v)):
+        if value.device != k.device:
+            raise ValueError(
+                f"{op}: '{name}' is on {value.device} but 'k' is on {k.device}; "
+                'move all arguments to one device'
+            )
+    if v.dtype != k.dtype and not _autocast_unifies(k, v):
+        raise TypeError(
+            f"{op}: 'k' and 'v' must have one dtype, got {k.dtype} and {v.dtype}; convert one of them"
+        )
+
+
+def check_q_shift(
+    x: Tensor, resolution: tuple[int, int], shift_pixel: int, channel_gamma: float
+) -> None:
+    """Checks the arguments of :func:`vrwkv_ops.q_shift`.
+
+    Raises:
+        TypeError: If ``x`` is not a tensor of an accepted dtype, ``resolution`` not a pair of ints,
+            ``shift_pixel`` not an int or ``channel_gamma`` not a number.
+        ValueError: If a shape or value does not fit.
+    """
+    op = 'q_shift'
+    _check_float_tensor(op, 'x', x)
+    if not isinstance(resolution, (tuple, list)):
+        raise TypeError(
+            f"{op}: 'resolution' must be a pair of ints (H, W), got {type(resolution).__name__}"
+        )
+    if len(resolution) != 2:
+        raise ValueError(
+            f"{op}: 'resolution' must be a pair of ints (H, W), got {len(resolution)} values"
+        )
+    for side in resolution:
+        if not _is_int(side):
+            raise TypeError(
+                f"{op}: 'resolution' must be a pair of ints (H, W), got {tuple(resolution)!r}"
+            )
+    if not _is_int(shift_pixel):
+        raise TypeError(f"{op}: 'shift_pixel' must be an int, got {type(shift_pixel).__name__}")
+    if shift_pixel < 0:
+        raise ValueError(f"{op}: 'shift_pixel' must be >= 0, got {shift_pixel}")
+    if isinstance(channel_gamma, bool) or not isinstance(channel_gamma, (int, float)):
+        raise TypeError(
+            f"{op}: 'channel_gamma' must be a float, got {type(channel_gamma).__name__}"
+        )
+    if not 0 < channel_gamma <= 1 / 4:
+        raise ValueError(
+            f"{op}: 'channel_gamma' must be in (0, 1/4] (the four groups share the channels), "
+            f'got {channel_gamma}'
+        )
+    if x.dim() != 3:
+        raise ValueError(f"{op}: 'x' must have shape (B, H*W, C), got {tuple(x.shape)}")
+    height, width = resolution
+    if height < 1 or width < 1:
+        raise ValueError(
+            f"{op}: 'resolution' must be positive, got ({height}, {width})"
+        )
+    if height * width != x.shape[1]:
+        raise ValueError(
+            f"{op}: 'resolution' ({height}, {width}) has {height * width} tokens but 'x' of shape "
+            f'{tuple(x.shape)} has T = {x.shape[1]}; pass the (H, W) of the token grid'
+        )
+    bounds = q_shift_bounds(x.shape[2], channel_gamma)
+    if any(start == stop for start, stop in zip(bounds, bounds[1:])):
+        raise ValueError(
+            f"{op}: 'x' has C = {x.shape[2]} channels, too few for four groups of "
+            f'{channel_gamma} * C (a group would be empty); C >= {1 / channel_gamma:g} serves'
+        )
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
+def q_shift_bounds(channels: int, channel_gamma: float) -> list[int]:
+    """Channel bounds of the four Q-Shift groups: group n covers ``bounds[n-1]:bounds[n]``."""
+    return [int(channels * channel_gamma * n) for n in range(5)]

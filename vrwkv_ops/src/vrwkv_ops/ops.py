@@ -1,0 +1,223 @@
+"""The operators: dispatcher schemas, fakes, autograd and autocast rules, and the public functions.
+
+Compiled kernels (``csrc/``) add themselves to these schemas for the CPU and CUDA keys; the
+pure-PyTorch kernels registered here serve every device that has none.
+"""
+
+import torch
+from torch import Tensor
+
+from vrwkv_ops import backends, scan, shift
+from vrwkv_ops.checks import accumulation_dtype, check_bi_wkv, check_q_shift
+
+_HALF = (torch.float16, torch.bfloat16)
+
+_lib = torch.library.Library('vrwkv_ops', 'DEF')
+_lib.define(
+    'bi_wkv_forward(Tensor w, Tensor u, Tensor k, Tensor v, bool causal, bool save)'
+    ' -> (Tensor y, Tensor y_residual, Tensor z)',
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_lib.define(
+    'bi_wkv_backward(Tensor gy, Tensor w, Tensor u, Tensor k, Tensor v, Tensor y,'
+    ' Tensor y_residual, Tensor z, bool causal) -> (Tensor gw, Tensor gu, Tensor gk, Tensor gv)',
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_lib.define(
+    'q_shift(Tensor x, SymInt height, SymInt width, int shift_pixel, float channel_gamma,'
+    ' bool reverse) -> Tensor',
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_ops = torch.ops.vrwkv_ops
+
+
+# --- Public functions -------------------------------------------------------------------------
+
+
+def bi_wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
+    r"""Bi-WKV attention of Vision-RWKV (paper equation 5), in time linear in T.
+
+    .. math::
+        y_t = \frac{\sum_{i \ne t} e^{k_i - w (|t - i| - 1)} v_i + e^{u + k_t} v_t}
+                   {\sum_{i \ne t} e^{k_i - w (|t - i| - 1)} + e^{u + k_t}}
+
+    Differentiable once in all tensors. Results are deterministic. Float16 and bfloat16 are
+    accumulated in float32. Under autocast ``k`` and ``v`` take autocast's dtype.
+
+    Args:
+        w: Decay per token step, of either sign, shape (C,). The layers of VRWKV pass
+            ``spatial_decay / T``.
+        u: Bonus of the current token, shape (C,). The layers pass ``spatial_first / T``.
+        k: Keys, shape (B, T, C), with any strides.
+        v: Values, of the shape and dtype of ``k``, with any strides.
+        causal: If true, a token sees itself and those before it only (``i <= t``: RWKV's original
+            attention).
+
+    Returns:
+        Tensor of the shape and dtype of ``k``, contiguous.
+
+    Raises:
+        TypeError: If an argument is no tensor or has a dtype that is not accepted.
+        ValueError: If a rank, a shape or a device does not fit.
+    """
+    check_bi_wkv(w, u, k, v, causal)
+    dtype = accumulation_dtype(k.dtype)
+    needs_grad = w.requires_grad or u.requires_grad or k.requires_grad or v.requires_grad
+    y, _, _ = _ops.bi_wkv_forward(
+        w.to(dtype).contiguous(),
+        u.to(dtype).contiguous(),
+        k,
+        v,
+        causal,
+        needs_grad and torch.is_grad_enabled(),
+    )
+    return y
+
+
+def q_shift(
+    x: Tensor, resolution: tuple[int, int], shift_pixel: int = 1, channel_gamma: float = 1 / 4
+) -> Tensor:
+    """Q-Shift, the four-way token shift of Vision-RWKV (paper section 3.2).
+
+    Four channel groups take the token ``shift_pixel`` to the left, to the right, above and below;
+    zeros come in from outside the grid. Group n covers the channels ``int(C * gamma * (n - 1))`` to
+    ``int(C * gamma * n)``; channels past the groups stay.
+
+    Args:
+        x: Tokens in row-major order, shape (B, H * W, C), with any strides.
+        resolution: The token grid (H, W).
+        shift_pixel: Distance in tokens, at least 0.
+        channel_gamma: Share of the channels in one group, in (0, 1/4].
+
+    Returns:
+        Tensor of the shape and dtype of ``x``, contiguous.
+
+    Raises:
+        TypeError: If an argument has a type or dtype that is not accepted.
+        ValueError: If a shape or value does not fit, or C is too small for four groups.
+    """
+    check_q_shift(x, resolution, shift_pixel, channel_gamma)
+    height, width = resolution
+    return _ops.q_shift(x, height, width, shift_pixel, float(channel_gamma), False)
+
+
+# --- Kernels for devices without compiled ones ------------------------------------------------
+
+
+@torch.library.impl(_lib, 'bi_wkv_forward', 'CompositeExplicitAutograd')
+def _bi_wkv_forward(w, u, k, v, causal, save):
+    backends.warn_if_slow(k.device)
+    y_acc, z = scan.forward(w, u, k, v, causal)
+    y = y_acc.to(k.dtype)
+    if not save:
+        return y, y.new_empty(0), z.new_empty(0)
+    y_residual = (y_acc - y).to(k.dtype) if k.dtype in _HALF else y.new_empty(0)
+    return y, y_residual, z
+
+
+@torch.library.impl(_lib, 'bi_wkv_backward', 'CompositeExplicitAutograd')
+def _bi_wkv_backward(gy, w, u, k, v, y, y_residual, z, causal):
+    backends.warn_if_slow(k.device)
+    y_acc = y.to(w.dtype)
+    if k.dtype in _HALF:
+        y_acc = y_acc + y_residual
+    gw, gu, gk, gv = scan.backward(gy, w, u, k, v, y_acc, z, causal)
+    return gw, gu, gk.to(k.dtype), gv.to(v.dtype)
+
+
+@torch.library.impl(_lib, 'q_shift', 'CompositeExplicitAutograd')
+def _q_shift(x, height, width, shift_pixel, channel_gamma, reverse):
+    backends.warn_if_slow(x.device)
+    return shift.q_shift_slices(x, height, width, shift_pixel, channel_gamma, reverse)
+
+
+# --- Shapes and dtypes of results, for torch.compile and torch.export --------------------------
+
+
+@torch.library.register_fake('vrwkv_ops::bi_wkv_forward', lib=_lib)
+def _(w, u, k, v, causal, save):
+    y = k.new_empty(k.shape)
+    y_residual = k.new_empty(k.shape if save and k.dtype in _HALF else (0,))
+    z = w.new_empty(k.shape if save else (0,))
+    return y, y_residual, z
+
+
+@torch.library.register_fake('vrwkv_ops::bi_wkv_backward', lib=_lib)
+def _(gy, w, u, k, v, y, y_residual, z, causal):
+    return w.new_empty(w.shape), u.new_empty(u.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+@torch.library.register_fake('vrwkv_ops::q_shift', lib=_lib)
+def _(x, height, width, shift_pixel, channel_gamma, reverse):
+    return x.new_empty(x.shape)
+
+
+# --- Autograd ---------------------------------------------------------------------------------
+
+
+def _bi_wkv_setup_context(ctx, inputs, output):
+    w, u, k, v, causal, save = inputs
+    y, y_residual, z = output
+    ctx.mark_non_differentiable(y_residual, z)
+    ctx.set_materialize_grads(False)
+    ctx.causal, ctx.save = causal, save
+    if save:
+        ctx.save_for_backward(w, u, k, v, y, y_residual, z)
+
+
+def _bi_wkv_autograd(ctx, gy, *_):
+    if not ctx.save:
+        raise RuntimeError('vrwkv_ops::bi_wkv_forward needs save=True for a backward pass')
+    if gy is None:
+        return (None,) * 6
+    return (*_ops.bi_wkv_backward(gy, *ctx.saved_tensors, ctx.causal), None, None)
+
+
+torch.library.register_autograd(
+    'vrwkv_ops::bi_wkv_forward', _bi_wkv_autograd, setup_context=_bi_wkv_setup_context, lib=_lib
+)
+
+
+def _no_double_backward(ctx, *grads):
+    raise NotImplementedError(
+        'bi_wkv is differentiable once only. Call backward or torch.autograd.grad without '
+        'create_graph=True, or use vrwkv_ops.reference.bi_wkv_reference for higher derivatives'
+    )
+
+
+torch.library.register_autograd('vrwkv_ops::bi_wkv_backward', _no_double_backward, lib=_lib)
+
+
+def _q_shift_setup_context(ctx, inputs, output):
+    ctx.shift = inputs[1:]
+
+
+def _q_shift_autograd(ctx, gy):
+    # A shift's adjoint is the shift the other way.
+    *args, reverse = ctx.shift
+    return (_ops.q_shift(gy, *args, not reverse), None, None, None, None, None)
+
+
+torch.library.register_autograd(
+    'vrwkv_ops::q_shift', _q_shift_autograd, setup_context=_q_shift_setup_context, lib=_lib
+)
+
+
+# --- Autocast: k and v take its dtype, w and u stay in the accumulation dtype -------------------
+
+
+def _autocast_rule(device_type: str):
+    def kernel(w, u, k, v, causal, save):
+        dtype = torch.get_autocast_dtype(device_type)
+        with torch.autocast(device_type, enabled=False):
+            if k.dtype != torch.float64:
+                k, v = k.to(dtype), v.to(dtype)
+            return _ops.bi_wkv_forward(w, u, k, v, causal, save)
+
+    return kernel
+
+
+for _device_type, _key in (('cpu', 'AutocastCPU'), ('cuda', 'AutocastCUDA')):
+    _lib.impl('bi_wkv_forward', _autocast_rule(_device_type), _key)
+
+backends.load()

@@ -1,0 +1,76 @@
+"""The operators as plain loops: slow, made to be read, and the truth that kernels are held to.
+
+Both are differentiable by PyTorch's autograd and work in any floating dtype and on any device.
+"""
+
+import torch
+from torch import Tensor
+
+from vrwkv_ops.checks import accumulation_dtype, check_bi_wkv, check_q_shift, q_shift_bounds
+
+
+def _states_before(w: Tensor, k: Tensor, v: Tensor, order: range) -> list[tuple]:
+    """For every token, the sums over the tokens that come before it in ``order``.
+
+    Returns:
+        One tuple (a, c, p) per token, each (B, C): numerator ``a e^p`` and denominator ``c e^p``.
+    """
+    states = [None] * len(order)
+    a = torch.zeros_like(k[:, 0])  # (B, C)
+    c = torch.zeros_like(a)
+    p = torch.full_like(a, float('-inf'))
+    for t in order:
+        states[t] = (a, c, p)
+        # (a, c) e^p  <-  e^-w (a, c) e^p + e^k (v, 1), under the larger of the two exponents
+        k_t, v_t = k[:, t], v[:, t]
+        q = torch.maximum(p - w, k_t)
+        decay, gain = torch.exp(p - w - q), torch.exp(k_t - q)
+        a, c, p = decay * a + gain * v_t, decay * c + gain, q
+    return states
+
+
+def bi_wkv_reference(w: Tensor, u: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
+    """Bi-WKV, token by token; arguments and result as for :func:`vrwkv_ops.bi_wkv`."""
+    check_bi_wkv(w, u, k, v, causal)
+    out_dtype = k.dtype
+    dtype = accumulation_dtype(k.dtype)
+    w, u, k, v = w.to(dtype), u.to(dtype), k.to(dtype), v.to(dtype)
+    tokens = k.shape[1]
+
+    past = _states_before(w, k, v, range(tokens))  # A, C of the paper
+    future = _states_before(w, k, v, range(tokens - 1, -1, -1))  # B, D
+    y = []
+    for t in range(tokens):
+        # The current token takes part under its bonus u, with exponent u + k_t.
+        parts = [past[t], (v[:, t], torch.ones_like(v[:, t]), u + k[:, t])]
+        if not causal:
+            parts.append(future[t])
+        q = torch.stack([p for _, _, p in parts]).amax(0)
+        numerator = sum(torch.exp(p - q) * a for a, _, p in parts)
+        denominator = sum(torch.exp(p - q) * c for _, c, p in parts)
+        y.append(numerator / denominator)
+    return torch.stack(y, dim=1).to(out_dtype)  # (B, T, C)
+
+
+def q_shift_reference(
+    x: Tensor, resolution: tuple[int, int], shift_pixel: int = 1, channel_gamma: float = 1 / 4
+) -> Tensor:
+    """Q-Shift, token by token; arguments and result as for :func:`vrwkv_ops.q_shift`."""
+    check_q_shift(x, resolution, shift_pixel, channel_gamma)
+    height, width = resolution
+    bounds = q_shift_bounds(x.shape[2], channel_gamma)
+    s = shift_pixel
+    sources = ((0, -s), (0, s), (-s, 0), (s, 0))  # (rows, columns): left, right, above, below
+
+    tokens = []
+    for h in range(height):
+        for w in range(width):
+            groups = []
+            for n, (dh, dw) in enumerate(sources):
+                row, column = h + dh, w + dw
+                inside = 0 <= row < height and 0 <= column < width
+                group = x[:, row * width + column if inside else 0, bounds[n] : bounds[n + 1]]
+                groups.append(group if inside else torch.zeros_like(group))
+            groups.append(x[:, h * width + w, bounds[4] :])  # channels past the groups stay
+            tokens.append(torch.cat(groups, dim=-1))
+    return torch.stack(tokens, dim=1)  # (B, T, C)

@@ -1,0 +1,200 @@
+"""Bi-WKV in plain PyTorch: a log-step scan, forward and backward, on any device.
+
+Every sum of the operator has the form ``S_t = sum_i e^(k_i - w n_i) x_i``, where ``n_i`` counts the
+steps from token ``i`` to token ``t``. A piece of the sequence is summed up by a state
+``(x, k, n)`` that means ``x e^(k - w n)``, with ``k`` and ``n`` those of its largest term: the exponent
+is never accumulated, so that T roundings cannot add up, and what is multiplied is never above 1.
+Two neighbouring states combine into one, and this is associative.
+"""
+
+from typing import NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from vrwkv_ops.checks import accumulation_dtype, check_bi_wkv
+
+
+class _States(NamedTuple):
+    """One state per token: what it sums up is ``sums * exp(k - w * n)``."""
+
+    sums: Tensor  # (F, B, T, C), F different sums under the same exponents
+    moments: Optional[Tensor]  # (F, B, T, C), the same sums with a factor "steps" in each term
+    k: Tensor  # (B, T, C)
+    n: Tensor  # (B, T, C), whole numbers in the accumulation dtype
+
+    def map(self, function) -> '_States':
+        """Applies ``function``, which may work on dimensions -2 and -1 only, to every tensor."""
+        return _States(*(None if tensor is None else function(tensor) for tensor in self))
+
+
+def _leaves(sums: Tensor, k: Tensor, moments: bool = False) -> _States:
+    return _States(
+        sums, torch.zeros_like(sums) if moments else None, k, torch.zeros((), dtype=k.dtype, device=k.device).expand_as(k)
+    )
+
+
+def _combine(far: _States, near: _States, w: Tensor, steps: int) -> _States:
+    """Adds states: ``far``, moved on by ``steps`` tokens, and ``near``."""
+    far_n = far.n + steps
+    # log of far's scale over near's, from differences: nearby terms, which count, come out exact.
+    excess = torch.addcmul(far.k - near.k, w, far_n - near.n, value=-1)
+    far_scale = excess.clamp(max=0).exp()
+    near_scale = excess.neg().clamp(max=0).exp()
+    moments = None
+    if far.moments is not None:
+        moments = far_scale * (far.moments + steps * far.sums) + near_scale * near.moments
+    return _States(
+        far_scale * far.sums + near_scale * near.sums,
+        moments,
+        torch.where(excess > 0, far.k, near.k),
+        torch.where(excess > 0, far_n, near.n),
+    )
+
+
+def _inclusive_scan(states: _States, w: Tensor, span: int = 1) -> _States:
+    """Sums up, for every token, all states up to and including it.
+
+    Pairs of neighbours are combined and scanned in turn, so the work is linear in T and the number
+    of PyTorch calls logarithmic. Each of ``states`` stands for ``span`` tokens.
+    """
+    length = states.k.shape[-2]
+    if length == 1:
+        return states
+    first = states.map(lambda x: x[..., : length - 1 : 2, :])
+    second = states.map(lambda x: x[..., 1::2, :])
+    at_odd = _inclusive_scan(_combine(first, second, w, span), w, 2 * span)
+    third = states.map(lambda x: x[..., 2::2, :])
+    if length == 2:
+        at_even = states.map(lambda x: x[..., :1, :])
+    else:
+        before = at_odd.map(lambda x: x[..., : (length - 1) // 2, :])
+        rest = _combine(before, third, w, span)
+        at_even = _States(
+            *(
+                None if x is None else torch.cat([x[..., :1, :], y], dim=-2)
+                for x, y in zip(states, rest)
+            )
+        )
+    return _States(*(None if x is None else _interleave(x, y) for x, y in zip(at_even, at_odd)))
+
+
+def _interleave(even: Tensor, odd: Tensor) -> Tensor:
+    out = even.new_empty(*even.shape[:-2], even.shape[-2] + odd.shape[-2], even.shape[-1])
+    out[..., 0::2, :] = even
+    out[..., 1::2, :] = odd
+    return out
+
+
+def _exclusive_scan(states: _States, w: Tensor, reverse: bool) -> _States:
+    """Sums up, for every token, all states before it (after it, if ``reverse``).
+
+    Exponents count from the neighbour: a state next to the token has n = 0. At the end of the sequence,
+    where there is none, the sums are 0 and k is -inf.
+    """
+    if reverse:
+        states = states.map(lambda x: x.flip(-2))
+    states = _inclusive_scan(states, w)
+
+    def delay(x: Tensor, first: float) -> Tensor:
+        start = x.new_full((*x.shape[:-2], 1, x.shape[-1]), first)
+        x = torch.cat([start, x[..., :-1, :]], dim=-2)
+        return x.flip(-2) if reverse else x
+
+    return _States(
+        delay(states.sums, 0.0),
+        None if states.moments is None else delay(states.moments, 0.0),
+        delay(states.k, float('-inf')),
+        delay(states.n, 0.0),
+    )
+
+
+def _token_sum(x: Tensor) -> Tensor:
+    """Sums (B, T, C) to (C,) as a balanced tree: accurate, and the same bits at every run."""
+    x = x.flatten(0, 1)
+    while x.shape[0] > 1:
+        half = x.shape[0] // 2
+        folded = x[:half] + x[half : 2 * half]
+        x = torch.cat([folded, x[2 * half :]]) if x.shape[0] % 2 else folded
+    return x.sum(0)  # of one row; of none, zeros
+
+
+def forward(w: Tensor, u: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    """Bi-WKV of design section 2, computed in the dtype of ``w``.
+
+    Args:
+        w: Decay per token, (C,), in the accumulation dtype.
+        u: Bonus of the current token, (C,), in the accumulation dtype.
+        k: Keys, (B, T, C).
+        v: Values, (B, T, C).
+        causal: Leave out the tokens that follow.
+
+    Returns:
+        Output and log of its denominator, both (B, T, C) in the accumulation dtype.
+    """
+    k, v = k.to(w.dtype), v.to(w.dtype)
+    terms = _leaves(torch.stack([v, torch.ones_like(v)]), k)
+    total = terms._replace(k=u + k)
+    total = _combine(_exclusive_scan(terms, w, reverse=False), total, w, 0)
+    if not causal:
+        total = _combine(_exclusive_scan(terms, w, reverse=True), total, w, 0)
+    numerator, denominator = total.sums
+    z = torch.addcmul(total.k, w, total.n, value=-1) + denominator.log()
+    return numerator / denominator, z
+
+
+def backward(
+    gy: Tensor, w: Tensor, u: Tensor, k: Tensor, v: Tensor, y: Tensor, z: Tensor, causal: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of Bi-WKV (design section 2), from what :func:`forward` returned.
+
+    Args:
+        gy: Gradient of the output, (B, T, C).
+        w: As in :func:`forward`, and so are ``u``, ``k``, ``v`` and ``causal``.
+        u: See ``w``.
+        k: See ``w``.
+        v: See ``w``.
+        y: Output, (B, T, C), in the accumulation dtype.
+        z: Log of the denominator, (B, T, C), in the accumulation dtype.
+        causal: See ``w``.
+
+    Returns:
+        Gradients of ``w``, ``u``, ``k`` and ``v``, in the accumulation dtype.
+    """
+    gy, k, v = gy.to(w.dtype), k.to(w.dtype), v.to(w.dtype)
+    # Weight of token i in the output of token t: e^(k_i - z_t - w n), never above 1 but for rounding.
+    own = (u + k - z).clamp(max=0).exp()
+    own_gk = own * gy * (v - y)
+    gu = _token_sum(own_gk)
+    gv, gk, gw = own * gy, own_gk, torch.zeros_like(gu)
+    terms = _leaves(torch.stack([gy, gy * y]), -z, moments=True)
+    for reverse in (True,) if causal else (True, False):
+        s = _exclusive_scan(terms, w, reverse)
+        weight = torch.addcmul(k + s.k, w, s.n, value=-1).clamp(max=0).exp()
+        gv = gv + weight * s.sums[0]
+        gk = gk + weight * (v * s.sums[0] - s.sums[1])
+        gw = gw - _token_sum(weight * (v * s.moments[0] - s.moments[1]))
+    return gw, gu, gk, gv
+
+
+class _BiWKVScan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, w, u, k, v, causal):
+        y, z = forward(w, u, k, v, causal)
+        ctx.save_for_backward(w, u, k, v, y, z)
+        ctx.causal = causal
+        return y.to(k.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gy):
+        w, u, k, v, y, z = ctx.saved_tensors
+        gw, gu, gk, gv = backward(gy, w, u, k, v, y, z, ctx.causal)
+        return gw, gu, gk.to(k.dtype), gv.to(v.dtype), None
+
+
+def bi_wkv_scan(w: Tensor, u: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
+    """The same as :func:`vrwkv_ops.bi_wkv`, always by the pure-PyTorch scan."""
+    check_bi_wkv(w, u, k, v, causal)
+    dtype = accumulation_dtype(k.dtype)
+    return _BiWKVScan.apply(w.to(dtype), u.to(dtype), k, v, causal)
