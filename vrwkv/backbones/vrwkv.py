@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -236,9 +235,13 @@ class VRWKV(BaseModule):
 
     def _check_shapes(self, state_dict: Mapping[str, Tensor], prefix: str) -> None:
         """Raise an error that says how the model of the state dict differs from this one."""
-        theirs = _describe(state_dict, prefix)
-        own = self.state_dict(keep_vars=True)
-        ours = _describe(own, '')
+        own = dict(self.named_parameters())
+        loaded = {
+            key.removeprefix(prefix): value
+            for key, value in state_dict.items()
+            if key.startswith(prefix)
+        }
+        ours, theirs = _describe(own), _describe(loaded)
         differing = [
             f'{name}={theirs[name]} (here {ours[name]})'
             for name in ours
@@ -246,10 +249,9 @@ class VRWKV(BaseModule):
         ]
         if not differing:
             differing = [
-                f'{prefix + name} of shape {tuple(state_dict[prefix + name].shape)} '
-                f'(here {tuple(value.shape)})'
+                f'{prefix + name} of shape {tuple(loaded[name].shape)} (here {tuple(value.shape)})'
                 for name, value in own.items()
-                if prefix + name in state_dict and state_dict[prefix + name].shape != value.shape
+                if name in loaded and loaded[name].shape != value.shape
             ]
         if differing:
             raise RuntimeError(
@@ -260,7 +262,7 @@ class VRWKV(BaseModule):
 
 def _layer_indices(out_indices: int | Sequence[int], depth: int) -> tuple[int, ...]:
     """Make ``out_indices`` an ascending tuple of indices from 0."""
-    given = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
+    given = tuple(out_indices) if isinstance(out_indices, Sequence) else (out_indices,)
     if not given:
         raise ValueError('out_indices must name at least one layer, got none')
     for index in given:
@@ -278,29 +280,28 @@ def _layer_indices(out_indices: int | Sequence[int], depth: int) -> tuple[int, .
 
 def _image_size(img_size: int | Sequence[int], patch_size: int) -> tuple[int, int]:
     """Make ``img_size`` a pair (height, width) of at least a patch each."""
-    sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+    sides = tuple(img_size) if isinstance(img_size, Sequence) else (img_size, img_size)
     if len(sides) != 2:
         raise ValueError(f'img_size must be one number or (height, width), got {img_size!r}')
     for side in sides:
-        check_int('img_size', side, patch_size)
+        check_int('img_size', side, 1)
+        if side < patch_size:
+            raise ValueError(f'img_size={img_size!r} is smaller than patch_size={patch_size}')
     return sides
 
 
-def _describe(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, int]:
-    """Read the constructor arguments that determine shapes off a state dict."""
-    layers = {
-        int(match[1])
-        for key in state_dict
-        if (match := re.match(re.escape(prefix) + r'layers\.(\d+)\.', key))
+def _describe(params: Mapping[str, Tensor]) -> dict[str, float]:
+    """Read the constructor arguments that determine shapes off a model's parameters."""
+    args = {
+        'depth': len({key.split('.')[1] for key in params if key.startswith('layers.')}),
     }
-    described = {'depth': len(layers)}
-    decay = state_dict[prefix + 'layers.0.att.spatial_decay']
-    described['embed_dims'] = decay.shape[0]
-    kernel = state_dict.get(prefix + 'patch_embed.projection.weight')
-    if kernel is not None and kernel.dim() == 4:
-        described['in_channels'] = kernel.shape[1]
-        described['patch_size'] = kernel.shape[2]
-    hidden = state_dict.get(prefix + 'layers.0.ffn.key.weight')
+    decay = params.get('layers.0.att.spatial_decay')
+    if decay is not None:
+        args['embed_dims'] = decay.shape[0]
+    hidden = params.get('layers.0.ffn.key.weight')
     if hidden is not None:
-        described['hidden_rate'] = hidden.shape[0] / decay.shape[0]
-    return described
+        args['hidden_rate'] = hidden.shape[0] / hidden.shape[1]
+    kernel = params.get('patch_embed.projection.weight')
+    if kernel is not None and kernel.dim() == 4:
+        args['in_channels'], args['patch_size'] = kernel.shape[1:3]
+    return args

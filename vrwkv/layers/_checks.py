@@ -22,9 +22,7 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
         return
     near = difflib.get_close_matches(str(value), choices, n=1)
     hint = f' Did you mean {near[0]!r}?' if near else ''
-    raise ValueError(
-        f'{name} must be one of {", ".join(map(repr, choices))}, got {value!r}.{hint}'
-    )
+    raise ValueError(f'{name} must be one of {", ".join(map(repr, choices))}, got {value!r}.{hint}')
 
 
 def check_int(name: str, value: object, minimum: int) -> None:
@@ -45,6 +43,20 @@ def check_int(name: str, value: object, minimum: int) -> None:
         raise ValueError(f'{name} must be at least {minimum}, got {value}')
 
 
+def check_number(name: str, value: object) -> None:
+    """Require a real number.
+
+    Args:
+        name: The argument's name, for the message.
+        value: What was given.
+
+    Raises:
+        TypeError: If ``value`` is not a number.
+    """
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f'{name} must be a number, got {value!r}')
+
+
 def check_rate(name: str, value: object) -> None:
     """Require a probability.
 
@@ -56,7 +68,28 @@ def check_rate(name: str, value: object) -> None:
         TypeError: If ``value`` is not a number.
         ValueError: If it lies outside [0, 1].
     """
-    if not isinstance(value, Real) or isinstance(value, bool):
-        raise TypeError(f'{name} must be a number in [0, 1], got {value!r}')
+    check_number(name, value)
     if not 0 <= value <= 1:
         raise ValueError(f'{name} must lie in [0, 1], got {value}')
+
+
+def check_channel_gamma(channel_gamma: object, embed_dims: int) -> None:
+    """Require a fraction that leaves each group of a token shift at least a channel.
+
+    Args:
+        channel_gamma: Fraction of the channels in each of the (up to four) groups.
+        embed_dims: Channels of a token.
+
+    Raises:
+        TypeError: If ``channel_gamma`` is not a number.
+        ValueError: If it lies outside (0, 1/4], or ``embed_dims`` is too small for it.
+    """
+    check_number('channel_gamma', channel_gamma)
+    if not 0 < channel_gamma <= 1 / 4:
+        raise ValueError(f'channel_gamma must lie in (0, 1/4], got {channel_gamma}')
+    if int(embed_dims * channel_gamma) < 1:
+        raise ValueError(
+            f'embed_dims={embed_dims} is too small for a token shift with '
+            f'channel_gamma={channel_gamma}: a group of channels would be empty. It must be at '
+            f'least 1 / channel_gamma = {1 / channel_gamma:g}'
+        )

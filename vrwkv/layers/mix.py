@@ -6,9 +6,10 @@ import math
 
 import torch
 from torch import Tensor, nn
+
 from vrwkv_ops import bi_wkv
 
-from ._checks import check_choice
+from ._checks import check_choice, check_number
 from .token_shift import TokenShift
 
 INIT_MODES = ('fancy', 'local', 'global')
@@ -36,9 +37,9 @@ class _Mix(nn.Module):
         super().__init__()
         check_choice('init_mode', init_mode, INIT_MODES)
         self.init_mode = init_mode
-        # Layer l of L: how far it is up the stack, and how much of the stack is above.
-        self.ratio_0_to_1 = _fraction(layer_id, depth - 1)
-        self.ratio_1_to_almost_0 = 1 - layer_id / depth
+        # Layer l of L: l / (L - 1), how far up it is, and 1 - l / L, what is left of the stack.
+        self.height = _fraction(layer_id, depth - 1)
+        self.remainder = 1 - layer_id / depth
         self.shift = TokenShift(embed_dims, shift_mode, shift_pixel, channel_gamma)
         for name in mixes:
             mix = nn.Parameter(torch.empty(1, 1, embed_dims)) if self.shift.enabled else None
@@ -119,15 +120,14 @@ class SpatialMix(_Mix):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Set the initial values that ``init_mode`` and the layer's place call for."""
-        up, above = self.ratio_0_to_1, self.ratio_1_to_almost_0
-        self._init_mix(self.spatial_mix_k, above)
-        self._init_mix(self.spatial_mix_v, above, offset=0.3 * up)
-        self._init_mix(self.spatial_mix_r, above / 2)
+        self._init_mix(self.spatial_mix_k, self.remainder)
+        self._init_mix(self.spatial_mix_v, self.remainder, offset=0.3 * self.height)
+        self._init_mix(self.spatial_mix_r, self.remainder / 2)
         if self.init_mode == 'fancy':
             channels = len(self.spatial_decay)
             channel = torch.arange(channels)
             ramp = _fraction(channel, channels - 1)
-            self.spatial_decay.copy_(-5 + 8 * ramp ** (0.7 + 1.3 * up))
+            self.spatial_decay.copy_(-5 + 8 * ramp ** (0.7 + 1.3 * self.height))
             self.spatial_first.copy_(math.log(0.3) + 0.5 * ((channel + 1) % 3 - 1))
         else:
             self.spatial_decay.fill_(1.0 if self.init_mode == 'local' else 0.0)
@@ -179,7 +179,7 @@ class ChannelMix(_Mix):
         key_norm: Whether to normalise the hidden channels.
 
     Raises:
-        TypeError: If an argument of the shift has a wrong type.
+        TypeError: If ``hidden_rate`` is not a number or an argument of the shift has a wrong type.
         ValueError: If ``hidden_rate`` leaves no hidden channel, ``init_mode`` is unknown or an
             argument of the shift is out of its range.
     """
@@ -206,6 +206,7 @@ class ChannelMix(_Mix):
             init_mode,
             mixes=('spatial_mix_k', 'spatial_mix_r'),
         )
+        check_number('hidden_rate', hidden_rate)
         hidden_dims = int(hidden_rate * embed_dims)
         if hidden_dims < 1:
             raise ValueError(
@@ -221,8 +222,8 @@ class ChannelMix(_Mix):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Set the initial values that ``init_mode`` and the layer's place call for."""
-        self._init_mix(self.spatial_mix_k, self.ratio_1_to_almost_0)
-        self._init_mix(self.spatial_mix_r, self.ratio_1_to_almost_0)
+        self._init_mix(self.spatial_mix_k, self.remainder)
+        self._init_mix(self.spatial_mix_r, self.remainder)
         self._init_linears()
 
     def forward(self, x: Tensor, resolution: tuple[int, int] | None = None) -> Tensor:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
+
 from vrwkv_ops import q_shift
 from vrwkv_ops.checks import q_shift_bounds
 
-from ._checks import check_choice, check_int
+from ._checks import check_channel_gamma, check_choice, check_int
 
 SHIFT_MODES = ('none', 'q_shift', 'single_shift', 'double_shift')
 
@@ -89,18 +90,7 @@ class TokenShift(nn.Module):
         self.shift_pixel = shift_pixel
         self.channel_gamma = channel_gamma
         if self.shift_mode in ('q_shift', 'double_shift'):
-            if not isinstance(channel_gamma, float):
-                raise TypeError(
-                    f'channel_gamma must be a fraction in (0, 1/4], got {channel_gamma!r}'
-                )
-            if not 0 < channel_gamma <= 1 / 4:
-                raise ValueError(f'channel_gamma must lie in (0, 1/4], got {channel_gamma}')
-            if int(embed_dims * channel_gamma) < 1:
-                raise ValueError(
-                    f'embed_dims={embed_dims} is too small for shift_mode={shift_mode!r}: with '
-                    f'channel_gamma={channel_gamma} a group has no channel. Take embed_dims of at '
-                    'least 1 / channel_gamma'
-                )
+            check_channel_gamma(channel_gamma, embed_dims)
 
     @property
     def enabled(self) -> bool:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ._checks import check_number
 from .drop_path import DropPath
 from .mix import ChannelMix, SpatialMix
 
@@ -55,6 +56,8 @@ class VRWKVLayer(nn.Module):
         with_cp: bool = False,
     ) -> None:
         super().__init__()
+        if init_values is not None:
+            check_number('init_values', init_values)
         self.post_norm = post_norm
         self.with_cp = with_cp
         self.ln0 = nn.LayerNorm(embed_dims) if layer_id == 0 else None

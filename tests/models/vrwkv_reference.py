@@ -1,0 +1,124 @@
+"""What the model tests share: a small model, and VRWKV in plain dense PyTorch."""
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+SMALL = {'img_size': 32, 'patch_size': 8, 'embed_dims': 12, 'depth': 2}
+
+
+def shift_by_loop(x, mode, step, gamma, resolution=None):
+    """Shift token by token, from the definition in the design."""
+    tokens, channels = x.shape[1:]
+    out = torch.zeros_like(x)
+    for c in range(channels):
+        group = next((n for n in range(4) if c < int(channels * gamma * (n + 1))), None)
+        for t in range(tokens):
+            if mode == 'single_shift':
+                source = t - step
+            elif mode == 'double_shift':
+                source = {0: t - step, 1: t + step}.get(group, t)
+            else:
+                height, width = resolution
+                row, column = divmod(t, width)
+                drow, dcolumn = {0: (0, -step), 1: (0, step), 2: (-step, 0), 3: (step, 0)}.get(
+                    group, (0, 0)
+                )
+                row, column = row + drow, column + dcolumn
+                inside = 0 <= row < height and 0 <= column < width
+                source = row * width + column if inside else -1
+            if 0 <= source < tokens:
+                out[:, t, c] = x[:, source, c]
+    return out
+
+
+def randomise(model, seed=0):
+    """Give every parameter a random value, so that none hides behind a 0 or a 1."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            param.copy_(torch.randn(param.shape, generator=generator, dtype=param.dtype) * 0.3)
+            if 'ln' in name or 'norm' in name or 'gamma' in name:
+                param += 0.5
+    return model
+
+
+def dense_bi_wkv(w, u, k, v, causal):
+    """Every pair of tokens, as in the design's formula."""
+    out = torch.zeros_like(v)
+    tokens = k.shape[1]
+    for t in range(tokens):
+        weights = []
+        for i in range(tokens):
+            if i == t:
+                weights.append(torch.exp(u + k[:, i]))
+            elif i > t and causal:
+                weights.append(torch.zeros_like(k[:, i]))
+            else:
+                weights.append(torch.exp(k[:, i] - w * (abs(t - i) - 1)))
+        weights = torch.stack(weights, dim=1)
+        out[:, t] = (weights * v).sum(1) / weights.sum(1)
+    return out
+
+
+def reference(params, image, config):
+    """Compute every layer's map from a state dict, by the design's formulas."""
+    config = {
+        'shift_mode': 'q_shift', 'shift_pixel': 1, 'channel_gamma': 1 / 4, 'post_norm': False,
+        'causal': False, 'final_norm': True, 'interpolate_mode': 'bicubic',
+    } | config  # fmt: skip
+    dims, patch, depth = config['embed_dims'], config['patch_size'], config['depth']
+    sides = (
+        config['img_size'] if isinstance(config['img_size'], tuple) else (config['img_size'],) * 2
+    )
+
+    def norm(name, x):
+        if f'{name}.weight' not in params:
+            return x
+        return F.layer_norm(x, x.shape[-1:], params[f'{name}.weight'], params[f'{name}.bias'])
+
+    def shifted(name, x):
+        if config['shift_mode'] == 'none':
+            return x
+        neighbours = shift_by_loop(
+            x, config['shift_mode'], config['shift_pixel'], config['channel_gamma'], grid
+        )
+        mix = params[name]
+        return x * mix + neighbours * (1 - mix)
+
+    def attention(name, x):
+        k = shifted(f'{name}.spatial_mix_k', x) @ params[f'{name}.key.weight'].T
+        v = shifted(f'{name}.spatial_mix_v', x) @ params[f'{name}.value.weight'].T
+        r = shifted(f'{name}.spatial_mix_r', x) @ params[f'{name}.receptance.weight'].T
+        w, u = (params[f'{name}.{p}'] / x.shape[1] for p in ('spatial_decay', 'spatial_first'))
+        y = norm(f'{name}.key_norm', dense_bi_wkv(w, u, k, v, config['causal']))
+        return (r.sigmoid() * y) @ params[f'{name}.output.weight'].T
+
+    def feed_forward(name, x):
+        k = shifted(f'{name}.spatial_mix_k', x) @ params[f'{name}.key.weight'].T
+        r = shifted(f'{name}.spatial_mix_r', x) @ params[f'{name}.receptance.weight'].T
+        hidden = norm(f'{name}.key_norm', k.clamp(min=0) ** 2)
+        return r.sigmoid() * (hidden @ params[f'{name}.value.weight'].T)
+
+    kernel, bias = params['patch_embed.projection.weight'], params['patch_embed.projection.bias']
+    x = F.conv2d(image, kernel, bias, stride=patch)
+    grid = tuple(x.shape[2:])
+    pos = params['pos_embed'].reshape(1, sides[0] // patch, sides[1] // patch, dims)
+    pos = pos.permute(0, 3, 1, 2)
+    if pos.shape[2:] != x.shape[2:]:
+        pos = F.interpolate(pos, size=grid, mode=config['interpolate_mode'], align_corners=False)
+    x = (x + pos).flatten(2).transpose(1, 2)
+    maps = []
+    for i in range(depth):
+        layer = f'layers.{i}'
+        x = norm(f'{layer}.ln0', x)
+        for part, ln, gamma in ((attention, 'ln1', 'gamma1'), (feed_forward, 'ln2', 'gamma2')):
+            name = f'{layer}.{"att" if part is attention else "ffn"}'
+            if config['post_norm']:
+                y = norm(f'{layer}.{ln}', part(name, x))
+            else:
+                y = part(name, norm(f'{layer}.{ln}', x))
+            x = x + params.get(f'{layer}.{gamma}', 1) * y
+        if i == depth - 1 and config['final_norm']:
+            x = norm('ln1', x)
+        maps.append(x.transpose(1, 2).reshape(x.shape[0], dims, *grid))
+    return maps
