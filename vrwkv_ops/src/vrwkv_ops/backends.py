@@ -1,5 +1,118 @@
-"""Which kernels serve which device."""
-def load():
-    pass
-def warn_if_slow(device):
-    pass
+"""Loads the compiled kernels and explains which backends are there, which are not, and why."""
+
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+_PACKAGE = Path(__file__).resolve().parent
+_BUILD_INFO = _PACKAGE / '_build_info.json'
+_REINSTALL = (
+    'Reinstall it into this environment: pip install --force-reinstall --no-deps '
+    '--no-build-isolation <path to vrwkv_ops>'
+)
+_TITLES = {'cpu': 'C++ kernels for the CPU', 'cuda': 'CUDA kernels'}
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of the operators.
+
+    Attributes:
+        name: What it is.
+        available: Whether it can be used now.
+        why: What it was built for, or why it is not available.
+        fix: What to do about it; empty if available.
+    """
+
+    name: str
+    available: bool
+    why: str
+    fix: str = ''
+
+    def __str__(self) -> str:
+        """Formats as one or two lines."""
+        line = f'[{"x" if self.available else " "}] {self.name}: {self.why}'
+        return f'{line}\n      {self.fix}' if self.fix else line
+
+
+_loaded: dict[str, Backend] = {}
+_warned: set[str] = set()
+
+
+def load() -> None:
+    """Loads what was compiled; called once, after the operators are defined."""
+    try:
+        info = json.loads(_BUILD_INFO.read_text())
+    except FileNotFoundError:
+        info = None
+    for device_type in _TITLES:
+        _loaded[device_type] = _load_part(device_type, info)
+
+
+def _load_part(device_type: str, info: dict | None) -> Backend:
+    title = _TITLES[device_type]
+    if info is None:
+        return Backend(title, False, 'this copy of vrwkv_ops was never built', _REINSTALL)
+    part = info[device_type]
+    if not part['built']:
+        return Backend(title, False, part['why'], part['fix'])
+
+    built_for = f'torch {info["torch"]}'
+    problem = ''
+    if _abi(info['torch'], info['torch_cuda']) != _abi(torch.__version__, torch.version.cuda):
+        problem = f'compiled for {built_for}, but this is torch {torch.__version__}'
+    else:
+        try:
+            torch.ops.load_library(_PACKAGE / part['file'])
+        except OSError as error:
+            problem = f'{part["file"]}, compiled for {built_for}, does not load: {error}'
+    if problem:
+        warnings.warn(
+            f'vrwkv_ops: {title} are not used: {problem}. {_REINSTALL}', RuntimeWarning, stacklevel=2
+        )
+        _warned.add(device_type)
+        return Backend(title, False, problem, _REINSTALL)
+    archs = f', GPU architectures {part["archs"]}' if part['archs'] else ''
+    return Backend(title, True, f'compiled for {built_for}{archs}')
+
+
+def _abi(torch_version: str, cuda_version: str | None) -> tuple:
+    """What must agree between building and running: torch's minor version and CUDA's major one."""
+    release = torch_version.split('+')[0].split('.')[:2]
+    return (*release, cuda_version and cuda_version.split('.')[0])
+
+
+def warn_if_slow(device: torch.device) -> None:
+    """Warns, once per kind of device, that the pure-PyTorch scan stands in for compiled kernels."""
+    backend = _loaded.get(device.type)
+    if backend is None or device.type in _warned:
+        return
+    _warned.add(device.type)
+    warnings.warn(
+        f'vrwkv_ops: running the slower pure-PyTorch implementation on {device.type}, because the '
+        f'{backend.name} are not available: {backend.why}. {backend.fix}. '
+        "'python -m vrwkv_ops' shows all backends",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def diagnose() -> list[Backend]:
+    """States of all backends, the fastest first."""
+    return [
+        _check_gpu(_loaded['cuda']),
+        _loaded['cpu'],
+        Backend('pure-PyTorch scan', True, 'runs on every device that has no other backend'),
+    ]
+
+
+def _check_gpu(cuda: Backend) -> Backend:
+    """Whether CUDA kernels that were loaded have a GPU to run on."""
+    if cuda.available and not torch.cuda.is_available():
+        return Backend(
+            cuda.name, False, f'{cuda.why}, but torch sees no GPU', 'Check nvidia-smi and the driver'
+        )
+    return cuda
