@@ -1,0 +1,71 @@
+# Everything runs in a virtual environment that these targets make and keep up to date.
+#   PYTHON     the Python (>= 3.10) to make it with
+#   OPENMMLAB  openmmlab (the original packages) or onedl (the maintained forks)
+#   VENV       its folder; one for each flavour by default
+PYTHON ?= python3
+OPENMMLAB ?= openmmlab
+VENV ?= $(if $(filter onedl,$(OPENMMLAB)),.venv-onedl,.venv)
+
+RUN := $(VENV)/bin/python
+INSTALL = $(PYTHON) requirements/install.py --venv $(VENV) --openmmlab $(OPENMMLAB)
+CXX_FILES = $(shell find vrwkv_ops/csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+SHELL_FILES = .ci/run $(wildcard tools/*.sh)
+PYTEST_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help python demo test install-demo install-test install-lint lint format unit gpu \
+	cuda-compile clean clean-env
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
+
+python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "[install] Error: \
+	Python 3.10 or newer is needed, and $(PYTHON) is not. Name one: make demo \
+	PYTHON=/path/to/python3.12" >&2; exit 1; }
+
+install-demo: python ## Install what classification needs
+	@$(INSTALL) demo
+
+install-test: python ## Install what all tasks and the tests need (compiles mmcv: ~10 minutes)
+	@$(INSTALL) test
+
+install-lint: python
+	@$(INSTALL) lint
+
+demo: install-demo ## Train a small VRWKV on digits, evaluate it and draw its predictions
+	$(RUN) demo/digits_demo.py
+
+test: install-test ## Lint and run all tests
+	$(MAKE) --no-print-directory lint unit
+
+unit:
+	$(RUN) -m pytest $(PYTEST_ARGS)
+
+lint: install-lint ## Check style and spelling
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/codespell
+	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
+	for file in $(SHELL_FILES); do bash -n $$file || exit 1; done
+
+format: install-lint ## Format Python, C++ and CUDA
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(CXX_FILES)
+
+gpu: install-test ## On a machine with an NVIDIA GPU and nvcc: run the tests marked cuda
+	$(RUN) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("torch sees no GPU")'
+	$(RUN) -m pytest -m cuda $(PYTEST_ARGS)
+
+cuda-compile: install-demo ## Compile the CUDA kernels for one architecture (needs nvcc, no GPU)
+	set -e; folder=$$(mktemp -d); trap 'rm -rf $$folder' EXIT; cp -r vrwkv_ops $$folder; \
+	FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST=$${TORCH_CUDA_ARCH_LIST:-9.0} $(RUN) -m uv build --wheel \
+	--no-build-isolation --python $(RUN) --out-dir $$folder/dist $$folder/vrwkv_ops
+
+clean: ## Remove build products and caches
+	rm -rf build *.egg-info vrwkv_ops/build vrwkv_ops/src/*.egg-info .pytest_cache .ruff_cache
+	find . -path './.venv*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+clean-env: ## Remove the virtual environment
+	rm -rf $(VENV)
