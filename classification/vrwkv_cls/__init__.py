@@ -1,0 +1,21 @@
+"""Vision-RWKV in mmpretrain: importing this package registers the models there.
+
+A config does so with ``custom_imports = dict(imports=['vrwkv_cls'], allow_failed_imports=False)``.
+"""
+
+try:
+    from . import models  # noqa: F401
+except ModuleNotFoundError as error:
+    _INSTALL = {
+        'vrwkv_ops': 'pip install ./vrwkv_ops',
+        'vrwkv': 'pip install -e .',
+        'mmpretrain': "pip install -e '.[classification]'",
+        'mmcv': "pip install -e '.[classification]'",
+    }
+    if error.name not in _INSTALL:
+        raise
+    raise ImportError(
+        f'vrwkv_cls needs the package {error.name!r}, which is not installed. '
+        f'In the root of the Vision-RWKV checkout: {_INSTALL[error.name]}',
+        name=error.name,
+    ) from error

@@ -1,0 +1,154 @@
+"""The digits: the folder that is written, and the demo from training to picture, made short."""
+
+import importlib.util
+import os
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from vrwkv_cls.datasets import write_digits
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope='module')
+def digits(tmp_path_factory):
+    return write_digits(tmp_path_factory.mktemp('data') / 'digits', size=8)
+
+
+def test_every_digit_is_written_once_and_unchanged(digits):
+    source = load_digits()
+    indices = []
+    for path in digits.glob('*/*/*.png'):
+        index = int(path.stem)
+        assert path.parent.name == str(source.target[index])
+        expected = np.round(source.images[index] * 255 / 16)
+        np.testing.assert_array_equal(np.asarray(Image.open(path)), expected)
+        indices.append(index)
+    assert sorted(indices) == list(range(1797))
+
+
+def test_a_stratified_fifth_is_held_out(digits):
+    total = Counter(load_digits().target.tolist())
+    held_out = {
+        int(folder.name): len(list(folder.iterdir())) for folder in (digits / 'val').iterdir()
+    }
+    assert sum(held_out.values()) == 360
+    for digit, count in total.items():
+        assert abs(held_out[digit] - count / 5) < 1
+
+
+def test_the_split_is_always_the_same(digits, tmp_path):
+    def names(root):
+        return sorted(str(path.relative_to(root)) for path in root.glob('*/*/*.png'))
+
+    again = write_digits(tmp_path / 'a/digits', size=8)
+    assert names(again) == names(digits)
+
+
+def test_written_once_only(digits):
+    before = {path: path.stat().st_mtime_ns for path in digits.rglob('*')}
+    write_digits(digits)
+    assert before == {path: path.stat().st_mtime_ns for path in digits.rglob('*')}
+
+
+def test_size(tmp_path):
+    root = write_digits(tmp_path / 'digits')
+    assert Image.open(next(root.glob('val/3/*.png'))).size == (32, 32)
+
+
+def test_recovers_from_an_interruption(tmp_path, monkeypatch):
+    save, saved = Image.Image.save, []
+
+    def die_at_the_hundredth(self, path):
+        if len(saved) == 100:
+            raise KeyboardInterrupt
+        saved.append(path)
+        save(self, path)
+
+    monkeypatch.setattr(Image.Image, 'save', die_at_the_hundredth)
+    with pytest.raises(KeyboardInterrupt):
+        write_digits(tmp_path / 'digits', size=8)
+    assert not (tmp_path / 'digits').exists()
+    monkeypatch.undo()
+    root = write_digits(tmp_path / 'digits', size=8)
+    assert len(list(root.glob('*/*/*.png'))) == 1797
+    assert os.listdir(tmp_path) == ['digits']
+
+
+def test_another_folder_of_that_name_is_left_alone(tmp_path):
+    (tmp_path / 'digits').mkdir()
+    with pytest.raises(FileExistsError, match='holds 0 digits, not 1797: remove it'):
+        write_digits(tmp_path / 'digits')
+
+
+@pytest.fixture(scope='module')
+def demo():
+    spec = importlib.util.spec_from_file_location('digits_demo', ROOT / 'demo/digits_demo.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def short_config(folder, data_root, epochs=2, embed_dims=32):
+    """Write a config of a still smaller model that trains for a few seconds."""
+    data = dict(dataset=dict(data_root=str(data_root)), num_workers=0, persistent_workers=False)
+    config = folder / 'short.py'
+    config.write_text(
+        f"""_base_ = [{str(ROOT / 'configs/classification/vrwkv-nano_1xb64_digits.py')!r}]
+model = dict(backbone=dict(embed_dims={embed_dims}, depth=2), head=dict(in_channels={embed_dims}))
+train_dataloader = dict(**{data!r}, batch_size=32)
+val_dataloader = {data!r}
+test_dataloader = {data!r}
+optim_wrapper = dict(optimizer=dict(lr=5e-3))
+param_scheduler = []
+train_cfg = dict(max_epochs={epochs})
+"""
+    )
+    return config
+
+
+def test_demo(demo, tmp_path, monkeypatch, capfd):
+    def run(config):
+        argv = ['digits_demo.py', str(config), '--work-dir', str(tmp_path / 'work')]
+        monkeypatch.setattr('sys.argv', argv)
+        demo.main()
+        return capfd.readouterr().out
+
+    digits = tmp_path / 'digits'
+    config = short_config(tmp_path, digits)
+    out = run(config)
+    assert 'Epoch(train)  [2]' in out
+    accuracy = float(re.search(r'accuracy on unseen digits: ([\d.]+) %', out)[1])
+    # Ten classes: chance is 10 %.
+    assert accuracy > 50
+    for kind in ('picture', 'checkpoint', 'log'):
+        assert Path(re.search(rf'{kind} +(/.+)', out)[1]).stat().st_size > 0
+    assert Image.open(tmp_path / 'work/predictions.png').size == (1560, 1320)
+
+    # tools/test.py and mmpretrain's inferencer see the same images in the same way.
+    predictions = demo.predict(config, tmp_path / 'work/epoch_2.pth', digits / 'val')
+    assert len(predictions) == 360
+    assert np.mean([p.right for p in predictions]) * 100 == pytest.approx(accuracy, abs=0.01)
+    assert all(0.1 <= p.confidence <= 1 for p in predictions)
+
+    again = run(config)
+    assert 'Epoch(' not in again
+    assert f'{accuracy:.2f} %' in again
+
+    # As if killed in the second epoch.
+    (tmp_path / 'work/epoch_2.pth').unlink()
+    (tmp_path / 'work/last_checkpoint').write_text(str(tmp_path / 'work/epoch_1.pth'))
+    resumed = run(config)
+    assert 'Epoch(train)  [2]' in resumed
+    assert 'Epoch(train)  [1]' not in resumed
+    # Random state comes from seed and epoch: it ends where the unbroken training did.
+    assert f'{accuracy:.2f} %' in resumed
+
+    with pytest.raises(SystemExit, match=r'another model.backbone than .* has now: remove'):
+        run(short_config(tmp_path, digits, embed_dims=16))
