@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from ._checks import check_int
@@ -62,4 +63,8 @@ class PatchEmbed(nn.Module):
                 'instance with the data_preprocessor'
             )
         x = self.projection(x)
-        return x.flatten(2).transpose(1, 2), (x.shape[2], x.shape[3])
+        height, width = x.shape[2:]
+        if torch.jit.is_tracing():
+            # A traced shape holds tensors (mmengine counts FLOPs so); operators want integers.
+            height, width = int(height), int(width)
+        return x.flatten(2).transpose(1, 2), (height, width)
