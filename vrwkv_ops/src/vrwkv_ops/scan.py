@@ -19,7 +19,7 @@ class _States(NamedTuple):
     """One state per token: what it sums up is ``sums * exp(k - w * n)``."""
 
     sums: Tensor  # (F, B, T, C), F different sums under the same exponents
-    moments: Optional[Tensor]  # (F, B, T, C), the same sums with a factor "steps" in each term
+    moments: Optional[Tensor]  # (F, B, T, C), the same sums with a factor in each term: see backward
     k: Tensor  # (B, T, C)
     n: Tensor  # (B, T, C), whole numbers in the accumulation dtype
 
@@ -28,14 +28,15 @@ class _States(NamedTuple):
         return _States(*(None if tensor is None else function(tensor) for tensor in self))
 
 
-def _leaves(sums: Tensor, k: Tensor, moments: bool = False) -> _States:
-    return _States(
-        sums, torch.zeros_like(sums) if moments else None, k, torch.zeros((), dtype=k.dtype, device=k.device).expand_as(k)
-    )
+def _leaves(sums: Tensor, k: Tensor, moments: Optional[Tensor] = None) -> _States:
+    return _States(sums, moments, k, k.new_zeros(()).expand_as(k))
 
 
 def _combine(far: _States, near: _States, w: Tensor, steps: int) -> _States:
-    """Adds states: ``far``, moved on by ``steps`` tokens, and ``near``."""
+    """Adds states: ``far``, moved on by ``steps`` tokens, and ``near``.
+
+    Moving on adds the steps to the factors of the moments, in channels that decay.
+    """
     far_n = far.n + steps
     # log of far's scale over near's, from differences: nearby terms, which count, come out exact.
     excess = torch.addcmul(far.k - near.k, w, far_n - near.n, value=-1)
@@ -43,7 +44,8 @@ def _combine(far: _States, near: _States, w: Tensor, steps: int) -> _States:
     near_scale = excess.neg().clamp(max=0).exp()
     moments = None
     if far.moments is not None:
-        moments = far_scale * (far.moments + steps * far.sums) + near_scale * near.moments
+        moved = torch.addcmul(far.moments, (w >= 0).to(w.dtype), far.sums, value=steps)
+        moments = far_scale * moved + near_scale * near.moments
     return _States(
         far_scale * far.sums + near_scale * near.sums,
         moments,
@@ -162,18 +164,35 @@ def backward(
         Gradients of ``w``, ``u``, ``k`` and ``v``, in the accumulation dtype.
     """
     gy, k, v = gy.to(w.dtype), k.to(w.dtype), v.to(w.dtype)
+    tokens = k.shape[1]
     # Weight of token i in the output of token t: e^(k_i - z_t - w n), never above 1 but for rounding.
     own = (u + k - z).clamp(max=0).exp()
     own_gk = own * gy * (v - y)
     gu = _token_sum(own_gk)
-    gv, gk, gw = own * gy, own_gk, torch.zeros_like(gu)
-    terms = _leaves(torch.stack([gy, gy * y]), -z, moments=True)
-    for reverse in (True,) if causal else (True, False):
-        s = _exclusive_scan(terms, w, reverse)
+    gv, gk = own * gy, own_gk
+
+    # gw = -sum_t sum_i (n - n0_t) weight gy_t (v_i - y_t), for any n0_t, as the terms without a factor
+    # add up to 0. Where w decays, n0_t = 0: near tokens weigh most, and have a small n. Where it grows,
+    # the farthest weighs most: with its n as n0_t nothing large cancels. Then n - n0_t is
+    # (t - far_t) - i for i < t, and (T-1-t - far_t) + i - (T-1) for i > t: a part of t, which goes into
+    # the leaves, and one of i.
+    grows = (w < 0).to(w.dtype)
+    t = torch.arange(tokens, dtype=w.dtype, device=w.device)[:, None]
+    to_end = tokens - 1 - t
+    far = t if causal else torch.maximum(t, to_end)
+    gw = _token_sum((far - 1) * grows * own_gk)
+    sums = torch.stack([gy, gy * y])
+    for after in (True,) if causal else (True, False):  # sums over t > i, then over t < i
+        leaf_factor = (t if after else to_end) - far
+        i_factor = -t if after else -to_end
+        s = _exclusive_scan(_leaves(sums, -z, leaf_factor * grows * sums), w, reverse=after)
         weight = torch.addcmul(k + s.k, w, s.n, value=-1).clamp(max=0).exp()
-        gv = gv + weight * s.sums[0]
-        gk = gk + weight * (v * s.sums[0] - s.sums[1])
-        gw = gw - _token_sum(weight * (v * s.moments[0] - s.moments[1]))
+        moment_g, moment_h = s.moments
+        sum_g, sum_h = s.sums
+        gk_part = weight * (v * sum_g - sum_h)
+        gv = gv + weight * sum_g
+        gk = gk + gk_part
+        gw = gw - _token_sum(weight * (v * moment_g - moment_h) + i_factor * grows * gk_part)
     return gw, gu, gk, gv
 
 
