@@ -5,8 +5,7 @@ import re
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
-from vrwkv_reference import shift_by_loop
+import torch.nn.functional as F
 
 from vrwkv.layers import (
     ChannelMix,
@@ -17,6 +16,8 @@ from vrwkv.layers import (
     VRWKVLayer,
     resize_pos_embed,
 )
+
+from .vrwkv_reference import shift_by_loop
 
 
 @pytest.mark.parametrize('mode', ['q_shift', 'single_shift', 'double_shift'])
@@ -141,7 +142,8 @@ def test_linears_start_normal_002(init_mode):
 
 def test_layer_scale_starts_at_init_values():
     layer = VRWKVLayer(8, depth=2, layer_id=0, init_values=1e-5)
-    assert (layer.gamma1 == 1e-5).all() and (layer.gamma2 == 1e-5).all()
+    assert (layer.gamma1 == 1e-5).all()
+    assert (layer.gamma2 == 1e-5).all()
     assert VRWKVLayer(8, depth=2, layer_id=0).gamma1 is None
 
 

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from mmengine.runner.checkpoint import load_checkpoint
 from mmengine.runner.checkpoint import load_state_dict as mmengine_load_state_dict
 from torch import nn
-from vrwkv_reference import SMALL, randomise
 
 from vrwkv.backbones import VRWKV
+
+from .vrwkv_reference import SMALL, randomise
 
 
 def by_torch(model, state_dict, _):

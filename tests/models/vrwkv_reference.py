@@ -1,7 +1,9 @@
-"""What the model tests share: a small model, and VRWKV in plain dense PyTorch."""
+"""What the model tests share: a small model, and VRWKV written out in plain PyTorch."""
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
+
+from vrwkv_ops.reference import bi_wkv_reference
 
 SMALL = {'img_size': 32, 'patch_size': 8, 'embed_dims': 12, 'depth': 2}
 
@@ -42,24 +44,6 @@ def randomise(model, seed=0):
     return model
 
 
-def dense_bi_wkv(w, u, k, v, causal):
-    """Every pair of tokens, as in the design's formula."""
-    out = torch.zeros_like(v)
-    tokens = k.shape[1]
-    for t in range(tokens):
-        weights = []
-        for i in range(tokens):
-            if i == t:
-                weights.append(torch.exp(u + k[:, i]))
-            elif i > t and causal:
-                weights.append(torch.zeros_like(k[:, i]))
-            else:
-                weights.append(torch.exp(k[:, i] - w * (abs(t - i) - 1)))
-        weights = torch.stack(weights, dim=1)
-        out[:, t] = (weights * v).sum(1) / weights.sum(1)
-    return out
-
-
 def reference(params, image, config):
     """Compute every layer's map from a state dict, by the design's formulas."""
     config = {
@@ -90,7 +74,7 @@ def reference(params, image, config):
         v = shifted(f'{name}.spatial_mix_v', x) @ params[f'{name}.value.weight'].T
         r = shifted(f'{name}.spatial_mix_r', x) @ params[f'{name}.receptance.weight'].T
         w, u = (params[f'{name}.{p}'] / x.shape[1] for p in ('spatial_decay', 'spatial_first'))
-        y = norm(f'{name}.key_norm', dense_bi_wkv(w, u, k, v, config['causal']))
+        y = norm(f'{name}.key_norm', bi_wkv_reference(w, u, k, v, config['causal']))
         return (r.sigmoid() * y) @ params[f'{name}.output.weight'].T
 
     def feed_forward(name, x):

@@ -15,11 +15,6 @@ from .token_shift import TokenShift
 INIT_MODES = ('fancy', 'local', 'global')
 
 
-def _fraction(numerator: Tensor | int, denominator: int) -> Tensor | float:
-    """Divide, counting a fraction whose denominator is 0 as 0."""
-    return numerator / denominator if denominator else numerator * 0.0
-
-
 class _Mix(nn.Module):
     """What both sub-layers share: the token shift, its mixes and their initial values."""
 
@@ -38,7 +33,7 @@ class _Mix(nn.Module):
         check_choice('init_mode', init_mode, INIT_MODES)
         self.init_mode = init_mode
         # Layer l of L: l / (L - 1), how far up it is, and 1 - l / L, what is left of the stack.
-        self.height = _fraction(layer_id, depth - 1)
+        self.height = layer_id / max(depth - 1, 1)
         self.remainder = 1 - layer_id / depth
         self.shift = TokenShift(embed_dims, shift_mode, shift_pixel, channel_gamma)
         for name in mixes:
@@ -126,7 +121,7 @@ class SpatialMix(_Mix):
         if self.init_mode == 'fancy':
             channels = len(self.spatial_decay)
             channel = torch.arange(channels)
-            ramp = _fraction(channel, channels - 1)
+            ramp = channel / max(channels - 1, 1)
             self.spatial_decay.copy_(-5 + 8 * ramp ** (0.7 + 1.3 * self.height))
             self.spatial_first.copy_(math.log(0.3) + 0.5 * ((channel + 1) % 3 - 1))
         else:
