@@ -1,0 +1,7 @@
+#!/usr/bin/env python
+"""Evaluate a model of any task: ``tools/test.py CONFIG CHECKPOINT [--out FILE] [--show-dir DIR] ...``."""
+
+from vrwkv.engine.cli import test
+
+if __name__ == '__main__':
+    test()

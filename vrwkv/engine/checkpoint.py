@@ -1,0 +1,197 @@
+"""Reading checkpoints safely, and saying clearly what is wrong with one that cannot be read.
+
+PyTorch unpickles with ``weights_only=True`` here, always: a checkpoint from elsewhere cannot run code.
+What mmengine's own checkpoints hold beside tensors is allowed by name below, and nothing more.
+"""
+
+import os
+import pickle
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from mmengine.logging import HistoryBuffer, print_log
+
+try:
+    from numpy._core import multiarray
+except ImportError:  # numpy < 2
+    from numpy.core import multiarray
+
+#: Where training codes put the weights in a checkpoint, in the order in which they are looked for.
+WEIGHT_KEYS = ('state_dict', 'model', 'module', 'model_ema')
+
+_ZIP_MAGIC = b'PK\x03\x04'
+
+
+class CheckpointError(RuntimeError):
+    """A file that exists but whose content cannot be used as a checkpoint."""
+
+
+def _history_statistic(owner: type, name: str) -> Callable:
+    """Stand in for ``getattr``, which HistoryBuffer's pickles call to name its statistics."""
+    if owner is not HistoryBuffer or name not in ('min', 'max', 'current', 'mean'):
+        raise pickle.UnpicklingError(f'Unsupported global: GLOBAL getattr({owner!r}, {name!r})')
+    return getattr(HistoryBuffer, name)
+
+
+def _renamed(function: Callable, full_name: str) -> Callable:
+    """Wrap ``function`` so that PyTorch's allow-list knows it as ``full_name``."""
+
+    def alias(*args):
+        return function(*args)
+
+    alias.__module__, _, alias.__name__ = full_name.rpartition('.')
+    alias.__qualname__ = alias.__name__
+    return alias
+
+
+def allow_mmengine_globals() -> None:
+    """Let ``torch.load(weights_only=True)`` read what mmengine saves beside the weights.
+
+    That is log histories (``HistoryBuffer``) and numpy arrays and numbers, written under numpy 1.x or
+    2.x (which differ in module names), whichever is installed here.
+    """
+    scalar_types = 'bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64'
+    torch.serialization.add_safe_globals([
+        HistoryBuffer,
+        np.ndarray,
+        np.dtype,
+        *(type(np.dtype(name)) for name in scalar_types.split()),
+        *(
+            _renamed(function, f'{package}.multiarray.{function.__name__}')
+            for function in (multiarray._reconstruct, multiarray.scalar)
+            for package in ('numpy.core', 'numpy._core')
+        ),
+        *(_renamed(_history_statistic, f'{m}.getattr') for m in ('builtins', '__builtin__')),
+    ])  # fmt: skip
+
+
+def read_checkpoint(
+    file: str | os.PathLike | IO[bytes],
+    map_location: Any = None,
+    name: str | None = None,
+) -> dict:
+    """Read a checkpoint without running any code that it may hold.
+
+    Args:
+        file (str | PathLike | IO): Path of a ``torch.save`` or ``.safetensors`` file, or a binary
+            stream of the former.
+        map_location: As for :func:`torch.load`.
+        name (str, optional): What messages call the file. Defaults to its path.
+
+    Returns:
+        dict: The checkpoint, with its weights under ``'state_dict'``. They may be stored under any of
+        :data:`WEIGHT_KEYS` or flat.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        CheckpointError: If the file is truncated, not a checkpoint, holds objects that
+            ``weights_only`` refuses, or holds no weights.
+    """
+    if isinstance(file, (str, os.PathLike)):
+        file = Path(file).expanduser()
+        name = name or str(file)
+        if file.is_dir():
+            raise CheckpointError(
+                f"Checkpoint '{name}' is a directory. Give the path of a file in it, such as a .pth."
+            )
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"Checkpoint '{name}' does not exist (looked for {file.absolute()})."
+            )
+    name = name or 'stream'
+    if name.endswith('.safetensors'):
+        checkpoint = _read_safetensors(file, map_location, name)
+    else:
+        try:
+            checkpoint = torch.load(file, map_location=map_location, weights_only=True)
+        except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, KeyError) as error:
+            raise CheckpointError(_explain(file, name, error)) from error
+    return _with_state_dict(checkpoint, name)
+
+
+def _read_safetensors(file: Path, map_location: Any, name: str) -> dict:
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise ImportError(
+            f"Reading '{name}' needs the safetensors package: pip install safetensors"
+        ) from error
+    device = map_location if isinstance(map_location, (str, torch.device)) else 'cpu'
+    try:
+        return load_file(file, device=str(device))
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"Checkpoint '{name}' is truncated or not a safetensors file: {error}"
+        ) from error
+
+
+def _explain(file: Path | IO[bytes], name: str, error: Exception) -> str:
+    """Say why ``torch.load`` failed on ``file`` and what to do."""
+    if 'Unsupported global: GLOBAL' in str(error) or 'Unsupported class' in str(error):
+        refused = str(error).split('GLOBAL ')[-1].split(' was not')[0].split('\n')[0]
+        return (
+            f"Checkpoint '{name}' holds a Python object that cannot be loaded safely: {refused}. Only "
+            'tensors, plain containers and what mmengine itself saves are accepted. If you trust the file, '
+            'load it once inside `torch.serialization.safe_globals([...])` with that class, and save its '
+            "weights alone: torch.save({'state_dict': weights}, new_path)."
+        )
+    if isinstance(file, Path):
+        size = file.stat().st_size
+        with file.open('rb') as stream:
+            head = stream.read(16)
+    else:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        head = file.read(16)
+    what = f"Checkpoint '{name}' ({size:,} bytes)"
+    if size == 0:
+        return f'{what} is empty. Write or download it again.'
+    if head.startswith(_ZIP_MAGIC):
+        if not zipfile.is_zipfile(file):
+            return (
+                f'{what} is truncated: the end of the file is missing. Write or download it again.'
+            )
+        with zipfile.ZipFile(file) as archive:
+            if any(member.endswith('/data.pkl') for member in archive.namelist()):
+                return f'{what} is damaged: {error}. Write or download it again.'
+        return f'{what} is not a PyTorch checkpoint: it is a zip archive of something else.'
+    if head.startswith(b'\x80'):  # a pickle: how PyTorch < 1.6 wrote its files
+        return f'{what} is truncated, or a pickle that PyTorch did not write: {error}'
+    return f'{what} is not a PyTorch checkpoint: it begins with {head!r}.'
+
+
+def _with_state_dict(checkpoint: Any, name: str) -> dict:
+    """Return ``checkpoint`` with its weights under ``'state_dict'``."""
+    if not isinstance(checkpoint, Mapping):
+        raise CheckpointError(
+            f"Checkpoint '{name}' holds a {type(checkpoint).__name__}, not a dict of weights. Save "
+            'model.state_dict() instead.'
+        )
+    if _is_weights(checkpoint):
+        return {'state_dict': checkpoint}
+    for key in WEIGHT_KEYS:
+        if _is_weights(checkpoint.get(key)):
+            if key == 'state_dict':
+                return checkpoint
+            print_log(f"Takes the weights under '{key}' of checkpoint {name}.", logger='current')
+            return {
+                'state_dict': checkpoint[key],
+                **{k: v for k, v in checkpoint.items() if k not in (key, 'state_dict')},
+            }
+    raise CheckpointError(
+        f"Checkpoint '{name}' holds no weights: expected a dict of named tensors, flat or under one of "
+        f'{list(WEIGHT_KEYS)}, but its keys are {[str(key) for key in checkpoint][:10]}.'
+    )
+
+
+def _is_weights(value: Any) -> bool:
+    return (
+        isinstance(value, Mapping)
+        and all(isinstance(key, str) for key in value)
+        and any(isinstance(tensor, torch.Tensor) for tensor in value.values())
+    )

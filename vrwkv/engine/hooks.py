@@ -1,0 +1,165 @@
+"""Hooks that make a killed training resume exactly: random state per epoch, whole checkpoints."""
+
+import os
+import random
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from mmengine.dataset import worker_init_fn
+from mmengine.dist import get_rank, is_main_process
+from mmengine.fileio import LocalBackend, register_backend
+from mmengine.hooks import CheckpointHook, Hook
+from mmengine.registry import HOOKS
+
+
+@register_backend('atomic')
+class AtomicLocalBackend(LocalBackend):
+    """Local files that are there whole or not at all, whenever the process or machine dies.
+
+    A file is written as ``<name>.tmp``, flushed to disk and renamed. The temporary name is always the
+    same, so that what a killed process left behind is written over rather than piling up.
+    """
+
+    def put(self, obj: bytes, filepath: str | os.PathLike) -> None:
+        """Write ``obj`` to ``filepath``."""
+        path = Path(filepath)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f'{path.name}.tmp')
+        with temporary.open('wb') as stream:
+            stream.write(obj)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+        with suppress(OSError):  # Windows cannot open folders
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+
+    def put_text(self, obj: str, filepath: str | os.PathLike, encoding: str = 'utf-8') -> None:
+        """Write the text ``obj`` to ``filepath``."""
+        self.put(obj.encode(encoding), filepath)
+
+
+class _DeferredRemoval:
+    """A file backend that only notes in ``removed`` what it is told to remove."""
+
+    def __init__(self, backend: LocalBackend):
+        self._backend = backend
+        self.removed: list[str] = []
+        self.remove = self.rmtree = self.removed.append
+
+    def __getattr__(self, name: str):
+        return getattr(self._backend, name)
+
+
+@HOOKS.register_module()
+class AtomicCheckpointHook(CheckpointHook):
+    """mmengine's ``CheckpointHook``, such that a whole checkpoint is there at every moment.
+
+    mmengine writes checkpoints in place, and removes the outdated one (``max_keep_ckpts``, ``save_best``)
+    before it writes the new one: a process killed in between leaves none. Here a checkpoint is written
+    under a temporary name and renamed, then ``last_checkpoint`` likewise, and only then is the outdated
+    one removed. ``tools/train.py`` puts this hook in the place of a plain ``CheckpointHook``.
+
+    Args:
+        *args, **kwargs: As for :class:`mmengine.hooks.CheckpointHook`. With ``backend_args`` or
+            ``file_client_args`` (a remote store) checkpoints are written as these say.
+    """
+
+    def __init__(self, *args, **kwargs):
+        if kwargs.get('backend_args') is None and kwargs.get('file_client_args') is None:
+            kwargs['backend_args'] = dict(backend='atomic')
+        super().__init__(*args, **kwargs)
+
+    def _save_checkpoint_with_step(self, runner, step: int, meta: dict) -> None:
+        # As in mmengine, but saving comes before removing.
+        outdated = None
+        if self.max_keep_ckpts > 0 and (not self.keep_ckpt_ids or self.keep_ckpt_ids[-1] != step):
+            if len(self.keep_ckpt_ids) == self.max_keep_ckpts:
+                outdated = self.filename_tmpl.format(self.keep_ckpt_ids.popleft())
+            self.keep_ckpt_ids.append(step)
+            runner.message_hub.update_info('keep_ckpt_ids', list(self.keep_ckpt_ids))
+
+        filename = self.filename_tmpl.format(step)
+        self.last_ckpt = self.file_backend.join_path(self.out_dir, filename)
+        runner.message_hub.update_info('last_ckpt', self.last_ckpt)
+        runner.save_checkpoint(
+            self.out_dir,
+            filename,
+            self.file_client_args,
+            save_optimizer=self.save_optimizer,
+            save_param_scheduler=self.save_param_scheduler,
+            meta=meta,
+            by_epoch=self.by_epoch,
+            backend_args=self.backend_args,
+            **self.args,
+        )
+        if not is_main_process():
+            return
+        AtomicLocalBackend().put_text(self.last_ckpt, Path(runner.work_dir, 'last_checkpoint'))
+        if outdated is not None:
+            self._remove(self.file_backend.join_path(self.out_dir, outdated))
+
+    def _save_best_checkpoint(self, runner, metrics: dict) -> None:
+        backend = self.file_backend
+        self.file_backend = deferred = _DeferredRemoval(backend)
+        try:
+            super()._save_best_checkpoint(runner, metrics)
+        finally:
+            self.file_backend = backend
+        best = {
+            getattr(self, 'best_ckpt_path', None),
+            *getattr(self, 'best_ckpt_path_dict', {}).values(),
+        }
+        for path in deferred.removed:
+            if path not in best:  # a resumed run may write the same name again
+                self._remove(path)
+
+    def _remove(self, path: str) -> None:
+        if self.file_backend.isfile(path):
+            self.file_backend.remove(path)
+        elif self.file_backend.isdir(path):  # DeepSpeed saves folders
+            self.file_backend.rmtree(path)
+
+
+@HOOKS.register_module()
+class EpochSeedHook(Hook):
+    """Derive all random state of an epoch from the seed, the epoch and the rank.
+
+    Then an epoch does not depend on what ran before it, and a training resumed at its start goes on as
+    the unbroken one would. Python's, numpy's and PyTorch's generators (the GPU's too) are seeded, and so
+    are the workers of the training data loader: mmengine seeds those alike in each epoch, and persistent
+    ones carry their state over, so they are started anew here. A ``worker_init_fn`` of the config's own
+    is left alone. ``tools/train.py`` adds this hook to every config.
+
+    An iteration-based training has one epoch: it draws the same numbers from its start, but does not
+    resume bit for bit.
+    """
+
+    priority = 'HIGHEST'
+
+    def before_train_epoch(self, runner) -> None:
+        """Seed the generators of this process and of the workers to come.
+
+        Args:
+            runner (Runner): The runner of the training process.
+        """
+        seed = _derive_seed(runner.seed, runner.epoch, get_rank())
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+
+        loader = runner.train_dataloader
+        init = loader.worker_init_fn
+        if isinstance(init, partial) and init.func is worker_init_fn:
+            loader.worker_init_fn = partial(init, seed=_derive_seed(runner.seed, runner.epoch))
+        if loader.persistent_workers:
+            loader._iterator = None
+
+
+def _derive_seed(*numbers: int) -> int:
+    """Mix non-negative numbers into a seed of 31 bits (numpy takes 32, and worker ids are added)."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0]) >> 1
