@@ -5,12 +5,17 @@ The adapters need mmcv with its compiled operators, so they are imported when fi
 
 from importlib import import_module
 
+from .vit import ViT
 from .vrwkv import VRWKV
 
 # A star import must work without mmcv, so the adapters are not in it.
-__all__ = ['VRWKV']
+__all__ = ['VRWKV', 'ViT']
 
-_LAZY = {'VRWKVAdapter': 'vrwkv_adapter'}
+_LAZY = {
+    'AdapterMixin': 'vrwkv_adapter',
+    'VRWKVAdapter': 'vrwkv_adapter',
+    'ViTAdapter': 'vit_adapter',
+}
 
 
 def __getattr__(name: str) -> type:

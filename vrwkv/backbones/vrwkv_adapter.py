@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers._checks import check_choice, check_int
 from ..layers.adapter import (
     DeformableInputs,
     Extractor,
-    InteractionBlock,
     Injector,
+    InteractionBlock,
     SpatialPriorModule,
     init_adapter_weights,
 )
@@ -22,12 +22,13 @@ from .vrwkv import VRWKV
 try:
     from mmcv.cnn import build_norm_layer
     from mmcv.ops import MultiScaleDeformableAttention
-except ImportError as error:
+except ModuleNotFoundError as error:
+    if error.name not in ('mmcv', 'mmcv._ext'):
+        raise
     raise ImportError(
-        'the adapters need mmcv with its compiled operators, which mmcv-lite leaves out. Both '
-        "install the same 'mmcv' folder, so remove the one before adding the other: "
-        "'pip uninstall mmcv-lite mmcv', then 'pip install mmcv' "
-        f'(the import failed with: {error})'
+        f'the adapters need mmcv with its compiled operators, but there is no {error.name}. '
+        "mmcv-lite has none, and installs the same 'mmcv' folder, so replace it: "
+        "'pip uninstall mmcv-lite mmcv', then 'pip install mmcv'"
     ) from error
 
 FUSE_MODES = ('last', 'stages')
@@ -190,7 +191,7 @@ class AdapterMixin:
         """
         if any(side % SIZE_DIVISOR for side in x.shape[2:]):
             raise ValueError(
-                f"the adapter needs an image whose sides are multiples of {SIZE_DIVISOR}, got "
+                f'the adapter needs an image whose sides are multiples of {SIZE_DIVISOR}, got '
                 f'{" x ".join(map(str, x.shape[2:]))}: pad it, for instance with '
                 f'pad_size_divisor={SIZE_DIVISOR} (detection) or size_divisor={SIZE_DIVISOR} '
                 '(segmentation) of the data_preprocessor'
@@ -221,9 +222,7 @@ class AdapterMixin:
 
         maps = [
             tokens.transpose(1, 2).unflatten(2, grid)
-            for tokens, grid in zip(
-                c.split([h * w for h, w in grids], dim=1), grids, strict=True
-            )
+            for tokens, grid in zip(c.split([h * w for h, w in grids], dim=1), grids, strict=True)
         ]
         maps.insert(0, self.up(maps[0]) + c1)
         if self.fuse == 'last':

@@ -1,0 +1,5 @@
+"""Analysis of the models."""
+
+from .flops import FlopAnalyzer
+
+__all__ = ['FlopAnalyzer']

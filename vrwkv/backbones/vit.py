@@ -1,0 +1,314 @@
+"""A plain ViT, which the paper compares with in detection and segmentation."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Collection, Sequence
+
+import torch
+import torch.nn.functional as F
+from mmengine.model import BaseModule, ModuleList
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..layers import DropPath, PatchEmbed, resize_pos_embed
+from ..layers._checks import check_int, check_rate
+from .vrwkv import VRWKV, _image_size
+
+# As in DeiT and mmpretrain.
+NORM_EPS = 1e-6
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over all tokens of an image or within square windows.
+
+    Queries, keys and values are padded with zeros at the bottom and at the right to whole windows.
+    The padding is attended to, as in ViT-Adapter.
+
+    Args:
+        embed_dims: Channels of a token, C.
+        num_heads: Number of heads.
+        window_size: Side of the windows in tokens; None for global attention.
+    """
+
+    def __init__(self, embed_dims: int, num_heads: int, window_size: int | None = None) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.window_size = window_size
+        self.qkv = nn.Linear(embed_dims, 3 * embed_dims)
+        self.proj = nn.Linear(embed_dims, embed_dims)
+
+    def forward(self, x: Tensor, resolution: tuple[int, int]) -> Tensor:
+        """Run the attention.
+
+        Args:
+            x: Tokens of shape ``(B, T, C)``.
+            resolution: Their grid ``(H, W)`` with ``H * W == T``.
+
+        Returns:
+            A tensor of the shape of ``x``.
+        """
+        qkv = self.qkv(x)
+        if self.window_size is not None:
+            qkv = _to_windows(qkv.unflatten(1, resolution), self.window_size)
+        # (B, T, 3 * C) -> three of (B, heads, T, C / heads).
+        q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        if self.window_size is not None:
+            x = _from_windows(x, self.window_size, resolution).flatten(1, 2)
+        return self.proj(x)
+
+
+def _to_windows(x: Tensor, size: int) -> Tensor:
+    """Pad ``(B, H, W, C)`` and cut it into ``(B * windows, size * size, C)``."""
+    height, width = x.shape[1:3]
+    x = F.pad(x, (0, 0, 0, -width % size, 0, -height % size))
+    x = x.unflatten(2, (-1, size)).unflatten(1, (-1, size))
+    return x.transpose(2, 3).flatten(3, 4).flatten(0, 2)
+
+
+def _from_windows(x: Tensor, size: int, resolution: tuple[int, int]) -> Tensor:
+    """Undo :func:`_to_windows`."""
+    height, width = resolution
+    rows, columns = -(-height // size), -(-width // size)
+    x = x.unflatten(0, (-1, rows, columns)).unflatten(3, (size, size))
+    x = x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    return x[:, :height, :width]
+
+
+class ViTLayer(nn.Module):
+    """A pre-norm transformer layer with optional layer scale.
+
+    Args:
+        embed_dims: Channels of a token, C.
+        num_heads: Number of heads.
+        mlp_ratio: Hidden channels of the feed-forward network per channel.
+        drop_path: Probability of dropping a residual branch.
+        init_values: Start of the layer scales, or None for no layer scale.
+        window_size: Side of the attention windows in tokens; None for global attention.
+        with_cp: Whether to recompute the layer in the backward pass to save memory.
+    """
+
+    def __init__(
+        self,
+        embed_dims: int,
+        num_heads: int,
+        mlp_ratio: float = 4,
+        drop_path: float = 0.0,
+        init_values: float | None = None,
+        window_size: int | None = None,
+        with_cp: bool = False,
+    ) -> None:
+        super().__init__()
+        self.with_cp = with_cp
+        hidden_dims = int(embed_dims * mlp_ratio)
+        self.ln1 = nn.LayerNorm(embed_dims, eps=NORM_EPS)
+        self.attn = Attention(embed_dims, num_heads, window_size)
+        self.ln2 = nn.LayerNorm(embed_dims, eps=NORM_EPS)
+        # Nested so that the weights have mmpretrain's names, ffn.layers.0.0 and ffn.layers.1.
+        mlp = nn.Sequential(
+            nn.Sequential(nn.Linear(embed_dims, hidden_dims), nn.GELU()),
+            nn.Linear(hidden_dims, embed_dims),
+        )
+        self.ffn = nn.Sequential(OrderedDict(layers=mlp))
+        self.drop_path = DropPath(drop_path)
+        for name in ('gamma1', 'gamma2'):
+            gamma = None
+            if init_values is not None:
+                gamma = nn.Parameter(torch.full((embed_dims,), float(init_values)))
+            self.register_parameter(name, gamma)
+
+    def _residual(self, x: Tensor, y: Tensor, gamma: Tensor | None) -> Tensor:
+        return x + self.drop_path(y if gamma is None else gamma * y)
+
+    def _forward(self, x: Tensor, resolution: tuple[int, int]) -> Tensor:
+        x = self._residual(x, self.attn(self.ln1(x), resolution), self.gamma1)
+        return self._residual(x, self.ffn(self.ln2(x)), self.gamma2)
+
+    def forward(self, x: Tensor, resolution: tuple[int, int]) -> Tensor:
+        """Run the layer.
+
+        Args:
+            x: Tokens of shape ``(B, T, C)``.
+            resolution: Their grid ``(H, W)`` with ``H * W == T``.
+
+        Returns:
+            A tensor of the shape of ``x``.
+        """
+        if self.with_cp and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, resolution, use_reentrant=False)
+        return self._forward(x, resolution)
+
+
+class ViT(BaseModule):
+    """A plain ViT without a class token, with global or window attention in each layer.
+
+    The baseline of the paper's tables 3 and 4. Parameters are named as in mmpretrain's
+    ``VisionTransformer``, so that its DeiT and ViT weights load; the class token's slot in
+    ``pos_embed`` is kept for them, but not used. Loading resizes the position embedding where the
+    grids differ, and raises an error where the weights are another model's.
+
+    Args:
+        img_size: Height and width of the training images in pixels, or one number for both.
+            Images of other sizes are accepted: the position embedding is resized.
+        patch_size: Side of a patch in pixels.
+        in_channels: Channels of the images.
+        drop_rate: Dropout after the position embedding, in [0, 1].
+        embed_dims: Channels of a token, C.
+        depth: Number of layers.
+        num_heads: Heads of attention.
+        mlp_ratio: Hidden channels of the feed-forward networks per channel.
+        drop_path_rate: Stochastic depth of the last layer, in [0, 1]; it rises linearly from 0 in
+            the first one.
+        init_values: Start of the layer scales, or None for no layer scale. At 1 weights that were
+            trained without one keep their meaning.
+        window_size: Side of the attention windows in tokens.
+        window_block_indexes: Layers with window attention, from 0; the others have global
+            attention.
+        final_norm: Whether to normalise the output of the last layer.
+        interpolate_mode: How the position embedding is resized: ``'bicubic'`` or ``'bilinear'``.
+        with_cp: Whether to recompute each layer in the backward pass to save memory.
+        init_cfg: mmengine's initialisation config.
+
+    Raises:
+        TypeError: If an argument has a wrong type.
+        ValueError: If an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        img_size: int | Sequence[int] = 224,
+        patch_size: int = 16,
+        in_channels: int = 3,
+        drop_rate: float = 0.0,
+        embed_dims: int = 192,
+        depth: int = 12,
+        num_heads: int = 3,
+        mlp_ratio: float = 4,
+        drop_path_rate: float = 0.0,
+        init_values: float | None = None,
+        window_size: int = 14,
+        window_block_indexes: Collection[int] = (),
+        final_norm: bool = True,
+        interpolate_mode: str = 'bicubic',
+        with_cp: bool = False,
+        init_cfg: dict | list[dict] | None = None,
+    ) -> None:
+        super().__init__(init_cfg)
+        check_int('depth', depth, 1)
+        check_int('num_heads', num_heads, 1)
+        check_int('window_size', window_size, 1)
+        check_rate('drop_rate', drop_rate)
+        check_rate('drop_path_rate', drop_path_rate)
+        if embed_dims % num_heads:
+            raise ValueError(f'num_heads must divide embed_dims={embed_dims}, got {num_heads}')
+        if not set(window_block_indexes) <= set(range(depth)):
+            raise ValueError(
+                f'window_block_indexes must lie in [0, {depth - 1}] for depth={depth}, got '
+                f'{window_block_indexes!r}'
+            )
+        self.embed_dims = embed_dims
+        self.depth = depth
+        self.interpolate_mode = interpolate_mode
+
+        self.patch_embed = PatchEmbed(in_channels, embed_dims, patch_size)
+        self.img_size = _image_size(img_size, patch_size)
+        self.patch_resolution = tuple(side // patch_size for side in self.img_size)
+        tokens = math.prod(self.patch_resolution)
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + tokens, embed_dims))
+        self.drop_after_pos = nn.Dropout(drop_rate)
+        self.layers = ModuleList(
+            ViTLayer(
+                embed_dims,
+                num_heads,
+                mlp_ratio=mlp_ratio,
+                drop_path=drop_path_rate * i / max(depth - 1, 1),
+                init_values=init_values,
+                window_size=window_size if i in window_block_indexes else None,
+                with_cp=with_cp,
+            )
+            for i in range(depth)
+        )
+        self.ln1 = nn.LayerNorm(embed_dims, eps=NORM_EPS) if final_norm else None
+        self._reset_parameters()
+
+    @torch.no_grad()
+    def _reset_parameters(self) -> None:
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        for module in self.layers.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Turn images into tokens with their position embedding.
+
+        Args:
+            x: Images of shape ``(B, in_channels, H, W)``.
+
+        Returns:
+            Tokens of shape ``(B, h * w, C)`` in row-major order and their grid ``(h, w)``.
+
+        Raises:
+            TypeError: If the images are not floating point.
+            ValueError: If their rank, channels or size do not fit.
+        """
+        x, resolution = self.patch_embed(x)
+        x = x + resize_pos_embed(
+            self.pos_embed[:, 1:], self.patch_resolution, resolution, self.interpolate_mode
+        )
+        return self.drop_after_pos(x), resolution
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        """Compute the feature map of the last layer.
+
+        Args:
+            x: Images of shape ``(B, in_channels, H, W)``. Pixels beyond the last whole patch are
+                left out.
+
+        Returns:
+            A map of shape ``(B, C, H // patch_size, W // patch_size)``, in a tuple.
+
+        Raises:
+            TypeError: If the images are not floating point.
+            ValueError: If their rank, channels or size do not fit.
+        """
+        x, resolution = self.embed(x)
+        for layer in self.layers:
+            x = layer(x, resolution)
+        if self.ln1 is not None:
+            x = self.ln1(x)
+        return (x.transpose(1, 2).unflatten(2, resolution),)
+
+    # Both name their parameters alike, so the depths are alike.
+    get_layer_depth = VRWKV.get_layer_depth
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, *args, **kwargs
+    ) -> None:
+        """Check and fit the weights before torch or mmengine loads them."""
+        marker = 'layers.0.attn.qkv.weight'
+        weight = state_dict.get(prefix + marker)
+        if weight is None or weight.shape != self.layers[0].attn.qkv.weight.shape:
+            found = 'none' if weight is None else f'one of shape {tuple(weight.shape)}'
+            raise RuntimeError(
+                f'the state dict does not fit this {type(self).__name__}: expected '
+                f'{prefix + marker!r} of shape {tuple(self.layers[0].attn.qkv.weight.shape)}, '
+                f'found {found} among {len(state_dict)} keys. Weights must have the names of '
+                "mmpretrain's VisionTransformer"
+            )
+        key = prefix + 'pos_embed'
+        if key in state_dict:
+            state_dict[key] = self._fit_pos_embed(state_dict[key])
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _fit_pos_embed(self, pos_embed: Tensor) -> Tensor:
+        """Resize a position embedding of a slot and a square grid to this model's grid."""
+        side = math.isqrt(pos_embed.shape[1] - 1)
+        if pos_embed.shape == self.pos_embed.shape or side * side != pos_embed.shape[1] - 1:
+            return pos_embed
+        grid = resize_pos_embed(
+            pos_embed[:, 1:], (side, side), self.patch_resolution, self.interpolate_mode
+        )
+        return torch.cat([pos_embed[:, :1], grid], dim=1)
