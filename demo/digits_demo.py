@@ -11,8 +11,8 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib as mpl
 import numpy as np
@@ -27,8 +27,7 @@ CONFIG = ROOT / 'configs/classification/vrwkv-nano_1xb64_digits.py'
 RIGHT, WRONG = '#00876c', '#d1495b'
 
 
-@dataclass
-class Prediction:
+class Prediction(NamedTuple):
     """What the model makes of one image."""
 
     path: Path

@@ -5,17 +5,18 @@ A config does so with ``custom_imports = dict(imports=['vrwkv_cls'], allow_faile
 
 try:
     from . import models  # noqa: F401
-except ModuleNotFoundError as error:
+except ImportError as error:
     _INSTALL = {
         'vrwkv_ops': 'pip install ./vrwkv_ops',
         'vrwkv': 'pip install -e .',
         'mmpretrain': "pip install -e '.[classification]'",
         'mmcv': "pip install -e '.[classification]'",
     }
+    # In the root of the checkout, the folder vrwkv_ops counts as an empty package of that name.
     if error.name not in _INSTALL:
         raise
     raise ImportError(
-        f'vrwkv_cls needs the package {error.name!r}, which is not installed. '
+        f'vrwkv_cls needs the package {error.name!r}, which is not installed ({error}). '
         f'In the root of the Vision-RWKV checkout: {_INSTALL[error.name]}',
         name=error.name,
     ) from error

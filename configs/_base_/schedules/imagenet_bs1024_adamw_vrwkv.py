@@ -5,3 +5,9 @@ optim_wrapper = dict(
     paramwise_cfg=dict(flat_decay_mult=None),
     clip_grad=dict(max_norm=5.0),
 )
+
+# The final rate is a ratio, and not 1e-5, so that --auto-scale-lr scales it too.
+param_scheduler = [
+    dict(type='LinearLR', start_factor=1e-3, by_epoch=True, end=20, convert_to_iter_based=True),
+    dict(type='CosineAnnealingLR', eta_min_ratio=1e-2, by_epoch=True, begin=20),
+]
