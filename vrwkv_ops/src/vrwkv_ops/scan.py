@@ -121,6 +121,11 @@ def _token_sum(x: Tensor) -> Tensor:
     return x.sum(0)  # of one row; of none, zeros
 
 
+def _headroom(tokens: int) -> float:
+    """A power of two under which sums over all tokens of a float's largest values stay finite."""
+    return 0.5 ** (2 * tokens).bit_length()
+
+
 def forward(w: Tensor, u: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
     """Bi-WKV of design section 2, computed in the dtype of ``w``.
 
@@ -135,14 +140,15 @@ def forward(w: Tensor, u: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[T
         Output and log of its denominator, both (B, T, C) in the accumulation dtype.
     """
     k, v = k.to(w.dtype), v.to(w.dtype)
-    terms = _leaves(torch.stack([v, torch.ones_like(v)]), k)
+    scale = _headroom(k.shape[1])
+    terms = _leaves(torch.stack([v * scale, torch.ones_like(v)]), k)
     total = terms._replace(k=u + k)
     total = _combine(_exclusive_scan(terms, w, reverse=False), total, w, 0)
     if not causal:
         total = _combine(_exclusive_scan(terms, w, reverse=True), total, w, 0)
     numerator, denominator = total.sums
     z = torch.addcmul(total.k, w, total.n, value=-1) + denominator.log()
-    return numerator / denominator, z
+    return numerator / denominator / scale, z
 
 
 def backward(
@@ -165,6 +171,8 @@ def backward(
     """
     gy, k, v = gy.to(w.dtype), k.to(w.dtype), v.to(w.dtype)
     tokens = k.shape[1]
+    scale = _headroom(tokens)
+    v, y = v * scale, y * scale
     # Weight of token i in the output of token t: e^(k_i - z_t - w n), never above 1 but for rounding.
     own = (u + k - z).clamp(max=0).exp()
     own_gk = own * gy * (v - y)
@@ -193,7 +201,7 @@ def backward(
         gv = gv + weight * sum_g
         gk = gk + gk_part
         gw = gw - _token_sum(weight * (v * moment_g - moment_h) + i_factor * grows * gk_part)
-    return gw, gu, gk, gv
+    return gw / scale, gu / scale, gk / scale, gv
 
 
 class _BiWKVScan(torch.autograd.Function):

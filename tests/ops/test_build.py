@@ -1,0 +1,240 @@
+"""What is built where, and what ``python -m vrwkv_ops`` says of it."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from setuptools.errors import SetupError
+
+from vrwkv_ops import backends
+
+_PACKAGE = Path(__file__).resolve().parents[2] / 'vrwkv_ops'
+_spec = importlib.util.spec_from_file_location('kernels', _PACKAGE / 'build_tools' / 'kernels.py')
+kernels = sys.modules['kernels'] = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(kernels)
+
+# A machine where all is there, and what to take away from it.
+GPU_MACHINE = kernels.Machine(
+    torch='2.8.0+cu128',
+    torch_cuda='12.8',
+    cuda_home='/usr/local/cuda',
+    nvcc_archs=('7.5', '8.0', '9.0', '10.0', '12.0'),
+    gpu_archs=('9.0',),
+)
+NO_GPU = replace(GPU_MACHINE, gpu_archs=())
+
+
+@pytest.mark.parametrize(
+    ('env', 'machine', 'archs'),
+    [
+        ({}, GPU_MACHINE, '9.0'),
+        ({}, replace(GPU_MACHINE, gpu_archs=('8.0', '9.0')), '8.0;9.0'),
+        ({'TORCH_CUDA_ARCH_LIST': '8.6+PTX'}, GPU_MACHINE, '8.6+PTX'),
+        ({'FORCE_CUDA': '1'}, NO_GPU, '8.0;9.0;12.0+PTX'),
+        ({'FORCE_CUDA': '1'}, GPU_MACHINE, '9.0'),
+        ({'FORCE_CUDA': '1', 'TORCH_CUDA_ARCH_LIST': '8.0'}, NO_GPU, '8.0'),
+        ({'FORCE_CUDA': '1'}, replace(NO_GPU, nvcc_archs=('8.0', '9.0')), '8.0;9.0+PTX'),
+        ({'FORCE_CUDA': '1'}, replace(NO_GPU, torch='2.4.1+cu124'), '8.0;9.0+PTX'),
+        ({'FORCE_CUDA': '1', 'VRWKV_OPS_SKIP_CUDA': '0'}, NO_GPU, '8.0;9.0;12.0+PTX'),
+    ],
+)
+def test_builds_cuda_for(env, machine, archs):
+    parts = kernels.plan(env, machine)
+    assert parts['cpu'].built and parts['cuda'].built
+    assert parts['cuda'].archs == archs
+
+
+@pytest.mark.parametrize(
+    ('env', 'machine', 'why', 'fix'),
+    [
+        ({}, NO_GPU, 'no GPU', 'FORCE_CUDA=1'),
+        ({'FORCE_CUDA': '0'}, NO_GPU, 'no GPU', 'FORCE_CUDA=1'),
+        ({'TORCH_CUDA_ARCH_LIST': '8.0'}, NO_GPU, 'no GPU', 'FORCE_CUDA=1'),
+        ({}, replace(GPU_MACHINE, cuda_home=None), 'no nvcc', 'CUDA toolkit 12.8'),
+        ({}, replace(GPU_MACHINE, torch_cuda=None), 'without CUDA', 'CUDA build of torch'),
+        ({'VRWKV_OPS_SKIP_CUDA': '1'}, GPU_MACHINE, 'VRWKV_OPS_SKIP_CUDA', 'Unset'),
+    ],
+)
+def test_builds_for_the_cpu_alone(env, machine, why, fix):
+    parts = kernels.plan(env, machine)
+    assert parts['cpu'].built and not parts['cuda'].built
+    assert why in parts['cuda'].why and fix in parts['cuda'].fix
+
+
+@pytest.mark.parametrize(
+    ('env', 'machine', 'why', 'fix'),
+    [
+        ({'VRWKV_OPS_SKIP_BUILD': '1'}, GPU_MACHINE, 'VRWKV_OPS_SKIP_BUILD', 'Unset'),
+        ({}, kernels.Machine(torch_problem='No module'), 'No module', '--no-build-isolation'),
+        ({}, replace(GPU_MACHINE, cxx_problem='no C++ compiler'), 'no C++', 'compiler'),
+    ],
+)
+def test_builds_nothing(env, machine, why, fix):
+    for part in kernels.plan(env, machine).values():
+        assert not part.built and why in part.why and fix in part.fix
+
+
+@pytest.mark.parametrize(
+    ('env', 'machine', 'message'),
+    [
+        ({}, replace(GPU_MACHINE, cuda_home=None), 'no nvcc'),
+        ({}, replace(GPU_MACHINE, torch_cuda=None), 'without CUDA'),
+        ({}, replace(GPU_MACHINE, cxx_problem='no C++ compiler'), r'no C\+\+ compiler'),
+        ({}, kernels.Machine(torch_problem='No module'), 'No module'),
+        ({'VRWKV_OPS_SKIP_CUDA': '1'}, GPU_MACHINE, 'contradict'),
+        ({'VRWKV_OPS_SKIP_BUILD': '1'}, GPU_MACHINE, 'contradict'),
+    ],
+)
+def test_force_cuda_fails_where_it_cannot_be_had(env, machine, message):
+    with pytest.raises(SetupError, match=message):
+        kernels.plan({'FORCE_CUDA': '1', **env}, machine)
+
+
+@pytest.mark.parametrize(
+    ('compiler', 'problem'),
+    [(['c++'], ''), (['/bin/false'], 'does not work'), (['/no/such/c++'], 'no C++ compiler')],
+)
+def test_compiler_probe(compiler, problem):
+    found = kernels._cxx_problem(compiler)
+    assert problem in found if problem else not found
+
+
+def test_failed_compilation_leaves_a_package_that_says_so(tmp_path):
+    """``build_ext`` itself, with a compiler that passes the probe and fails on the sources."""
+    compiler = tmp_path / 'c++'
+    compiler.write_text('#!/bin/sh\ncase "$*" in *probe.cpp*) exec c++ "$@";; esac\nexit 1\n')
+    compiler.chmod(0o755)
+    build = [sys.executable, 'setup.py', 'build_ext', '-b', tmp_path / 'lib', '-t', tmp_path / 'tmp']
+    env = {**_environment(), 'CXX': str(compiler), 'CC': str(compiler), 'VRWKV_OPS_SKIP_CUDA': '1'}
+    result = subprocess.run(build, cwd=_PACKAGE, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert 'no cpu kernels: compilation failed' in result.stdout + result.stderr
+    info = json.loads((tmp_path / 'lib' / 'vrwkv_ops' / '_build_info.json').read_text())
+    assert info['torch'] == torch.__version__
+    assert not info['cpu']['built'] and 'compilation failed' in info['cpu']['why']
+    assert 'pip install -v' in info['cpu']['fix']
+
+
+def _environment():
+    unset = ('FORCE_CUDA', 'TORCH_CUDA_ARCH_LIST', 'VRWKV_OPS_SKIP_BUILD', 'VRWKV_OPS_SKIP_CUDA')
+    return {name: value for name, value in os.environ.items() if name not in unset}
+
+
+# --- Loading and the diagnosis ----------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh_backends(monkeypatch):
+    """Nothing loaded and nothing warned of yet."""
+    monkeypatch.setattr(backends, '_loaded', {})
+    monkeypatch.setattr(backends, '_warned', set())
+    return backends
+
+
+def _write_info(monkeypatch, folder, **changes):
+    built = dict(built=True, why='', fix='', archs='', file='_C.so')
+    absent = dict(built=False, why='no nvcc was found', fix='Install it', archs='', file='')
+    info = dict(
+        torch=torch.__version__, torch_cuda=torch.version.cuda, cpu=built, cuda=absent
+    )
+    info.update(changes)
+    path = folder / '_build_info.json'
+    path.write_text(json.dumps(info))
+    monkeypatch.setattr(backends, '_PACKAGE', folder)
+    monkeypatch.setattr(backends, '_BUILD_INFO', path)
+
+
+def test_kernels_of_this_environment_are_in_use():
+    """The suite tests the compiled CPU kernels only if they are there; a compiler is required."""
+    (cpu,) = (b for b in backends.diagnose() if b.name == 'C++ kernels for the CPU')
+    assert cpu.available, str(cpu)
+    for operator in ('bi_wkv_forward', 'bi_wkv_backward', 'q_shift'):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f'vrwkv_ops::{operator}', 'CPU')
+
+
+def test_never_built(fresh_backends, monkeypatch, tmp_path):
+    monkeypatch.setattr(backends, '_BUILD_INFO', tmp_path / 'absent.json')
+    backends.load()
+    cuda, cpu, scan = backends.diagnose()
+    assert not cuda.available and not cpu.available and scan.available
+    assert 'never built' in cpu.why and 'pip install' in cpu.fix
+
+
+def test_built_for_another_torch(fresh_backends, monkeypatch, tmp_path):
+    _write_info(monkeypatch, tmp_path, torch='1.13.1+cu117')
+    with pytest.warns(RuntimeWarning, match=r'compiled for torch 1\.13\.1.*Reinstall'):
+        backends.load()
+    cuda, cpu, _ = backends.diagnose()
+    assert not cpu.available and 'torch 1.13.1+cu117' in cpu.why and 'Reinstall' in cpu.fix
+    assert cuda.why == 'no nvcc was found' and cuda.fix == 'Install it'
+    with warnings.catch_warnings():  # said once, at import
+        warnings.simplefilter('error')
+        backends.warn_if_slow(torch.device('cpu'))
+
+
+def test_file_that_does_not_load(fresh_backends, monkeypatch, tmp_path):
+    (tmp_path / '_C.so').write_bytes(b'no library')
+    _write_info(monkeypatch, tmp_path)
+    with pytest.warns(RuntimeWarning, match='does not load.*Reinstall'):
+        backends.load()
+    assert not backends.diagnose()[1].available
+
+
+def test_slow_path_warns_once_per_device(fresh_backends, monkeypatch, tmp_path):
+    _write_info(monkeypatch, tmp_path, cpu=dict(built=False, why='no compiler', fix='Install one'))
+    backends.load()
+    with pytest.warns(RuntimeWarning, match=r'on cpu.*no compiler\. Install one'):
+        backends.warn_if_slow(torch.device('cpu'))
+    with pytest.warns(RuntimeWarning, match='on cuda.*no nvcc was found'):
+        backends.warn_if_slow(torch.device('cuda', 0))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        for device in ('cpu', 'cuda:1', 'meta'):
+            backends.warn_if_slow(torch.device(device))
+
+
+def test_operators_work_without_kernels():
+    """A process without compiled kernels: the scan serves it, forward and backward, with one warning."""
+    script = (
+        'import json, pathlib, warnings\n'
+        'read_text = pathlib.Path.read_text\n'
+        'def hidden(self, *args, **kwargs):\n'
+        '    if self.name == "_build_info.json":\n'
+        '        raise FileNotFoundError\n'
+        '    return read_text(self, *args, **kwargs)\n'
+        'pathlib.Path.read_text = hidden\n'
+        'import torch, vrwkv_ops\n'
+        'from vrwkv_ops.reference import bi_wkv_reference\n'
+        'w, u = torch.randn(2, 8, requires_grad=True)\n'
+        'k, v = torch.randn(2, 2, 6, 8, requires_grad=True)\n'
+        'with warnings.catch_warnings(record=True) as caught:\n'
+        '    warnings.simplefilter("always")\n'
+        '    y = vrwkv_ops.bi_wkv(w, u, vrwkv_ops.q_shift(k, (2, 3)), v)\n'
+        '    g = torch.autograd.grad(y.square().sum(), v, retain_graph=True)[0]\n'
+        'assert len([c for c in caught if "pure-PyTorch" in str(c.message)]) == 1, caught\n'
+        'r = bi_wkv_reference(w, u, vrwkv_ops.q_shift(k, (2, 3)), v)\n'
+        'torch.testing.assert_close(y, r)\n'
+        'torch.testing.assert_close(g, torch.autograd.grad(r.square().sum(), v)[0])\n'
+    )
+    result = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_python_m_vrwkv_ops():
+    result = subprocess.run(
+        [sys.executable, '-m', 'vrwkv_ops'], capture_output=True, text=True, check=True
+    )
+    lines = result.stdout.splitlines()
+    assert torch.__version__ in lines[0]
+    for line, following in zip(lines, [*lines[1:], '']):
+        if line.startswith('[ ]'):  # a reason, and what to do
+            assert ': ' in line and following.startswith('      ')
+    for name in ('CUDA kernels', 'C++ kernels for the CPU', 'pure-PyTorch scan'):
+        assert sum(name in line for line in lines if line.startswith('[')) == 1

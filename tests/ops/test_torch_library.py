@@ -1,0 +1,185 @@
+"""What torch.library promises: opcheck, torch.compile, torch.export, autocast, memory."""
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from vrwkv_ops import bi_wkv, q_shift
+
+devices = pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=pytest.mark.cuda)])
+dtypes = pytest.mark.parametrize(
+    'dtype', [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+)
+ops = torch.ops.vrwkv_ops
+
+
+def make_inputs(device, dtype=torch.float32, shape=(2, 6, 8), grad=True):
+    accumulation = torch.float64 if dtype == torch.float64 else torch.float32
+    w, u = (torch.randn(shape[-1], device=device, dtype=accumulation) for _ in range(2))
+    k, v = (torch.randn(shape, device=device, dtype=dtype) for _ in range(2))
+    return [x.requires_grad_(grad) for x in (w, u, k, v)]
+
+
+@devices
+@dtypes
+@pytest.mark.parametrize('causal', [False, True])
+def test_opcheck(device, dtype, causal):
+    inputs = make_inputs(device, dtype)
+    detached = [x.detach() for x in inputs]
+    opcheck(ops.bi_wkv_forward.default, (*inputs, causal, True))
+    opcheck(ops.bi_wkv_forward.default, (*detached, causal, False))
+    saved = ops.bi_wkv_forward(*detached, causal, True)
+    gy = torch.randn_like(saved[0])
+    opcheck(ops.bi_wkv_backward.default, (gy, *detached, *saved, causal))
+    for reverse in (False, True):
+        opcheck(ops.q_shift.default, (inputs[2], 2, 3, 1, 0.25, reverse))
+
+
+@devices
+@dtypes
+def test_what_is_saved(device, dtype):
+    """z is the log of the denominator; y and its residual together are exact to 16 bits."""
+    w, u, k, v = make_inputs(device, dtype, (1, 2, 3), grad=False)
+    y, residual, z = ops.bi_wkv_forward(w, u, k, v, False, True)
+    k64, v64 = k.double(), v.double()
+    logits = torch.stack([k64 + u, k64.flip(1)])  # with two tokens, n = 0 for the other one
+    expected_z = logits.logsumexp(0)
+    expected_y = (logits.softmax(0) * torch.stack([v64, v64.flip(1)])).sum(0)
+    torch.testing.assert_close(z.double(), expected_z, rtol=1e-6, atol=1e-6)
+    half = dtype in (torch.float16, torch.bfloat16)
+    assert residual.shape == (y.shape if half else (0,)) and residual.dtype == y.dtype == dtype
+    total = y.double() + residual.double() if half else y.double()
+    torch.testing.assert_close(total, expected_y, rtol=1e-5, atol=3e-5 if half else 1e-6)
+    _, residual, z = ops.bi_wkv_forward(w, u, k, v, False, False)
+    assert residual.shape == z.shape == (0,)
+
+
+def _block(w, u, k, v, resolution, causal):
+    return bi_wkv(w, u, q_shift(k, resolution), v, causal) * 2
+
+
+@devices
+@pytest.mark.parametrize('dynamic', [False, True], ids=['static', 'dynamic'])
+def test_compile_without_graph_breaks(device, dynamic):
+    torch._dynamo.reset()
+    compiled = torch.compile(_block, fullgraph=True, dynamic=dynamic, backend='aot_eager')
+    grids = ((2, 3), (4, 5), (7, 3)) if dynamic else ((2, 3),)
+    with torch._dynamo.config.patch(error_on_recompile=False):
+        counter = torch._dynamo.testing.CompileCounterWithBackend('aot_eager')
+        compiled = torch.compile(_block, fullgraph=True, dynamic=dynamic, backend=counter)
+        for height, width in grids:
+            inputs = make_inputs(device, shape=(2, height * width, 8))
+            results = []
+            for function in (_block, compiled):
+                y = function(*inputs, (height, width), False)
+                results.append((y, *torch.autograd.grad(y.square().sum(), inputs)))
+            assert all(torch.equal(a, b) for a, b in zip(*results))
+    assert counter.frame_count == 1  # one graph served all sizes
+
+
+@devices
+def test_compile_with_inductor(device):
+    torch._dynamo.reset()
+    inputs = make_inputs(device)
+    y = torch.compile(_block, fullgraph=True)(*inputs, (2, 3), True)
+    torch.testing.assert_close(y, _block(*inputs, (2, 3), True))
+
+
+def test_wrong_calls_under_compile():
+    torch._dynamo.reset()
+    w, u, k, v = make_inputs('cpu', grad=False)
+    with pytest.raises(Exception, match='must have shape'):
+        torch.compile(bi_wkv, fullgraph=True, backend='eager')(w[:3], u, k, v)
+
+
+class _Block(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w, self.u = (torch.nn.Parameter(torch.randn(8)) for _ in range(2))
+
+    def forward(self, image):
+        _, _, height, width = image.shape
+        x = image.flatten(2).transpose(1, 2)
+        return bi_wkv(self.w, self.u, q_shift(x, (height, width)), x)
+
+
+@pytest.mark.parametrize('strict', [False, True])
+def test_export_with_dynamic_height_and_width(strict):
+    module = _Block()
+    sizes = {2: torch.export.Dim('height', min=2, max=64), 3: torch.export.Dim('width', min=2, max=64)}
+    program = torch.export.export(
+        module, (torch.randn(1, 8, 4, 6),), dynamic_shapes=(sizes,), strict=strict
+    )
+    image = torch.randn(1, 8, 9, 5)
+    torch.testing.assert_close(program.module()(image), module(image))
+
+
+@devices
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_autocast(device, dtype):
+    """k and v take autocast's dtype; w and u stay float32, and gradients come back as the inputs are."""
+    w, u, k, v = make_inputs(device)
+    with torch.autocast(device, dtype):
+        y = bi_wkv(w, u, k, v)
+        compiled = torch.compile(bi_wkv, fullgraph=True, backend='aot_eager')(w, u, k, v)
+        mixed = bi_wkv(w, u, k.to(dtype), v)
+        shifted = q_shift(k, (2, 3))
+    assert y.dtype == dtype and shifted.dtype == torch.float32
+    expected = bi_wkv(w, u, k.to(dtype), v.to(dtype))
+    assert torch.equal(y, expected)
+    assert torch.equal(compiled, expected)
+    assert torch.equal(mixed, expected)
+    gradients = torch.autograd.grad(y.float().sum(), (w, u, k, v))
+    assert all(g.dtype == torch.float32 for g in gradients)
+
+
+@devices
+def test_autocast_leaves_float64_alone(device):
+    inputs = make_inputs(device, torch.float64)
+    with torch.autocast(device, torch.bfloat16):
+        assert bi_wkv(*inputs).dtype == torch.float64
+        with pytest.raises(TypeError, match="'k' and 'v'"):
+            bi_wkv(*inputs[:3], inputs[3].float())
+
+
+@devices
+def test_parameters_of_other_dtype(device):
+    """w and u are converted to the accumulation dtype, their gradients back."""
+    w, u, k, v = make_inputs(device, torch.bfloat16)
+    w64, u16 = w.detach().double().requires_grad_(), u.detach().half().requires_grad_()
+    y = bi_wkv(w64, u16, k, v)
+    gw, gu = torch.autograd.grad(y.sum(), (w64, u16))
+    assert (y.dtype, gw.dtype, gu.dtype) == (torch.bfloat16, torch.float64, torch.float16)
+
+
+def test_meta_tensors():
+    y = bi_wkv(*make_inputs('meta', grad=False))
+    assert y.device.type == 'meta' and y.shape == (2, 6, 8)
+
+
+def _allocations(function):
+    """Sizes in bytes of what the CPU allocator hands out while ``function`` runs."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        result = function()
+    events = profile.profiler.kineto_results.events()
+    return result, sorted(e.nbytes() for e in events if e.name() == '[memory]' and e.nbytes() > 0)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16])
+def test_nothing_as_large_as_an_input_is_allocated(dtype):
+    """But for the outputs: half inputs are not converted as a whole, strided ones not copied."""
+    w, u, k, v = make_inputs('cpu', dtype, (2, 64, 4096), grad=False)
+    k, v, gy = (x.transpose(1, 2) for x in (k, v, torch.randn_like(v)))  # (2, 4096, 64)
+    w, u = w[:64], u[:64]
+    nbytes = k.numel() * k.element_size()
+    half = dtype != torch.float32
+
+    saved, sizes = _allocations(lambda: ops.bi_wkv_forward(w, u, k, v, False, False))
+    assert [size for size in sizes if size >= nbytes] == [nbytes]
+    saved, sizes = _allocations(lambda: ops.bi_wkv_forward(w, u, k, v, False, True))
+    expected = sorted([nbytes, k.numel() * 4] + [nbytes] * half)  # y, z and the residual
+    assert [size for size in sizes if size >= nbytes] == expected
+    _, sizes = _allocations(lambda: ops.bi_wkv_backward(gy, w, u, k, v, *saved, False))
+    assert [size for size in sizes if size >= nbytes] == [nbytes] * 2  # gk, gv
+    _, sizes = _allocations(lambda: ops.q_shift(k, 64, 64, 1, 0.25, False))
+    assert [size for size in sizes if size >= nbytes] == [nbytes]
