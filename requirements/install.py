@@ -33,6 +33,12 @@ OPTIONAL_PACKAGES = (
 )
 DISK_GIB = 10  # torch's CUDA build unpacks to 5 GB; the rest is downloads and what gets compiled
 HEARTBEAT_SECONDS = 20
+COMPILED_FOR_CPU = '''
+import sys
+from vrwkv_ops.backends import diagnose
+[cpu] = [backend for backend in diagnose() if 'CPU' in backend.name]
+cpu.available or sys.exit(f'{cpu.why}. {cpu.fix}')
+'''
 
 
 class InstallError(Exception):
@@ -91,7 +97,8 @@ def check_compiler():
     if compiler is None:
         raise InstallError(
             f'No C++ compiler was found ({", ".join(names)}). On Debian and Ubuntu: apt install '
-            'g++; on Fedora: dnf install gcc-c++; or set CXX.'
+            'g++; on Fedora: dnf install gcc-c++; or set CXX. (VRWKV_OPS_SKIP_BUILD=1 makes the '
+            'demo go on without: slower, in pure PyTorch.)'
         )
     include = sysconfig.get_path('include')
     for header, advice in (
@@ -130,7 +137,7 @@ class Environment:
             )
         )
         self.identity = [sys.version, str(path), flavour]
-        self.verified = False
+        self.changing = self.state / 'changing'
 
     # Stamps
 
@@ -145,8 +152,9 @@ class Environment:
         temporary.write_text(key)
         temporary.replace(self.state / step)
 
-    def unstamp(self, step):
-        """Forget `step`, before it is begun again."""
+    def begin(self, step):
+        """Forget `step`, and mark the environment as being changed, before changing it."""
+        self.changing.touch()
         (self.state / step).unlink(missing_ok=True)
 
     # The environment itself
@@ -189,15 +197,13 @@ class Environment:
         uv links a package's files one by one, so a killed one may have metadata but not all of
         its files, and would count as installed.
         """
-        if self.verified:
-            return
-        self.verified = True
+        say('The last install did not finish: looking for what it left incomplete')
         damaged = []
         for distribution in distributions(path=[str(self.site)]):
             if not distribution.metadata['Name'] or distribution.files is None:
                 say(f'Removing incomplete {distribution._path.name}')
                 shutil.rmtree(distribution._path)
-                self.forget_all()
+                damaged.append(None)
                 continue
             for file in distribution.files:
                 path = Path(distribution.locate_file(file))
@@ -207,15 +213,12 @@ class Environment:
                     damaged.append(distribution.metadata['Name'])
                     break
         if damaged:
-            say(f'Incomplete, to be installed again: {", ".join(damaged)}')
-            self.forget_all()
-            self.uv('uninstall', *damaged)
-
-    def forget_all(self):
-        """Forget every step but the environment's own, so that each is verified again."""
-        for stamp in self.state.iterdir():
-            if stamp.name not in ('environment', 'lock'):
-                stamp.unlink()
+            for stamp in self.state.iterdir():
+                if stamp.name != 'environment' and stamp != self.changing:
+                    stamp.unlink()
+        if names := [name for name in damaged if name]:
+            say(f'Incomplete, to be installed again: {", ".join(names)}')
+            self.uv('uninstall', *names)
 
     # Installing
 
@@ -288,8 +291,7 @@ class Environment:
         key = digest([REQUIREMENTS / 'excludes.txt', *files], *self.identity)
         if self.stamped(name) == key:
             return
-        self.repair()
-        self.unstamp(name)
+        self.begin(name)
         say(f'Installing {name}')
         self.install(*(option for file in files for option in ('-r', str(file))))
         if reason := self.imports(code):
@@ -327,8 +329,7 @@ def install_mmcv(environment, operators):
     accepted = {keys['mmcv']} if operators else set(keys.values())
     if environment.stamped('mmcv') in accepted:
         return
-    environment.repair()
-    environment.unstamp('mmcv')
+    environment.begin('mmcv')
     environment.uv('uninstall', '-q', 'mmcv', 'mmcv-lite', 'onedl-mmcv')
     shutil.rmtree(environment.site / 'mmcv', ignore_errors=True)
     name = 'mmcv' if operators else 'mmcv-lite'
@@ -366,12 +367,11 @@ def install_vrwkv_ops(environment):
     key = digest([REQUIREMENTS / 'base.txt', *sources], *facts)
     if environment.stamped('vrwkv_ops') == key:
         return
-    environment.repair()
     code = 'import vrwkv_ops'
     if not os.environ.get('VRWKV_OPS_SKIP_BUILD'):
         check_compiler()
-        code += ', vrwkv_ops._C'
-    environment.unstamp('vrwkv_ops')
+        code += COMPILED_FOR_CPU
+    environment.begin('vrwkv_ops')
     say('Compiling vrwkv_ops')
     environment.install(
         *('--no-build-isolation', '--no-deps', '--reinstall-package', 'vrwkv-ops'),
@@ -379,10 +379,9 @@ def install_vrwkv_ops(environment):
         progress='vrwkv_ops',
     )
     if reason := environment.imports(code):
-        raise InstallError(
-            f'vrwkv_ops was installed but `{code}` fails: {reason}. See {environment.state}'
-            '/vrwkv_ops.log'
-        )
+        log = environment.state / 'vrwkv_ops.log'
+        raise InstallError(f'The kernels of vrwkv_ops do not work: {reason}. Build log: {log}')
+    environment.run('-m', 'vrwkv_ops', cwd=environment.state)
     environment.stamp('vrwkv_ops', key)
 
 
@@ -392,8 +391,7 @@ def install_project(environment):
     key = digest([ROOT / 'pyproject.toml'], *environment.identity, *present)
     if environment.stamped('project') == key:
         return
-    environment.repair()
-    environment.unstamp('project')
+    environment.begin('project')
     say('Installing this checkout')
     environment.install(
         *('--no-build-isolation', '--no-deps', '--reinstall-package', 'vision-rwkv', '-q'),
@@ -408,24 +406,23 @@ def install_project(environment):
 def install(environment, purpose):
     """Install everything that `purpose` ('lint', 'demo' or 'test') needs."""
     environment.create()
+    if environment.changing.exists():
+        environment.repair()
     if purpose != 'demo':
-        environment.step(
-            'test-tools',
-            [REQUIREMENTS / 'test.txt'],
-            'import pytest, pytest_timeout, codespell_lib',
-        )
-    if purpose == 'lint':
-        return
-    install_base(environment)
-    install_mmcv(environment, operators=purpose == 'test')
-    environment.step(
-        'classification', [environment.file('classification')], 'import mmengine, mmpretrain'
-    )
-    environment.step('demo', [REQUIREMENTS / 'demo.txt'], 'import sklearn')
-    if purpose == 'test':
-        environment.step('dense', [environment.file('dense')], 'import mmdet, mmseg.models')
-    install_vrwkv_ops(environment)
-    install_project(environment)
+        code = 'import pytest, pytest_timeout, codespell_lib'
+        environment.step('test-tools', [REQUIREMENTS / 'test.txt'], code)
+    if purpose != 'lint':
+        install_base(environment)
+        install_mmcv(environment, operators=purpose == 'test')
+        code = 'import mmengine, mmpretrain'
+        environment.step('classification', [environment.file('classification')], code)
+        environment.step('demo', [REQUIREMENTS / 'demo.txt'], 'import sklearn')
+        if purpose == 'test':
+            code = 'import mmdet, mmseg.models'
+            environment.step('dense', [environment.file('dense')], code)
+        install_vrwkv_ops(environment)
+        install_project(environment)
+    environment.changing.unlink(missing_ok=True)
 
 
 def main():
