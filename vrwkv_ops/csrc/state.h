@@ -194,8 +194,30 @@ struct WkvState {
   }
 };
 
+// The gradient of w is -sum_t sum_i (d - o_t) a_ti gy_t (v_i - y_t), with distances d and weights a, for any origin o_t, since
+// the same sum without (d - o_t) is 0. Where w decays, near tokens weigh most: o_t = 0. Where w grows, the farthest does, all d
+// that matter are alike, and their sums would cancel: o_t is the distance to the farthest end of the sequence, far_t - 1, so
+// that d - o_t = (t - far_t) - i for i < t, a part of t (`origin`, in the states) and a part of i (`own`, in the gradients).
+struct Distances {
+  int64_t tokens;
+  bool causal;
+
+  VRWKV_FN int64_t far(int64_t t) const { return causal || t > tokens - 1 - t ? t : tokens - 1 - t; }
+  // In direction 1 sums run over t > i, in direction 0 over t < i.
+  VRWKV_FN int64_t origin(int64_t t, int direction) const { return (direction == 1 ? t : tokens - 1 - t) - far(t); }
+  VRWKV_FN int64_t own(int64_t i, int direction) const { return direction == 1 ? -i : i - (tokens - 1); }
+};
+
+// Which of the two a channel does, as factors: steps count where w decays, origins where it grows.
+template <typename T>
+struct Counting {
+  T steps, origins;
+
+  VRWKV_FN explicit Counting(T w) : steps(w < T(0) ? T(0) : T(1)), origins(w < T(0) ? T(1) : T(0)) {}
+};
+
 // Backward: sums of g_t = gy_t e^(-z_t) and h_t = g_t y_t, (P, Ph) or (Q, Qh), and the same weighted by distance, (R, Rh) or
-// (S, Sh), which the gradient of w needs; all times 2^exponent, which follows e^(-z_t): g and h are signed.
+// (S, Sh); all times 2^exponent, which follows e^(-z_t): g and h are signed.
 template <typename T>
 struct GradState {
   static constexpr int kFields = 5;
@@ -206,12 +228,12 @@ struct GradState {
     f(g, 0), f(h, 1), f(dg, 2), f(dh, 3), f(exponent, 4);
   }
 
-  VRWKV_FN void absorb(Scaled<T> weight, T gy, T y) {
+  VRWKV_FN void absorb(Scaled<T> weight, T gy, T y, T steps, T origin) {
     const T top = larger(exponent, weight.exponent);
     const T held = power_of_two(exponent - top);
     const T fresh = power_of_two(weight.exponent - top) * weight.mantissa * gy;
-    dg = (dg + g) * held;
-    dh = (dh + h) * held;
+    dg = multiply_add(multiply_add(steps, g, dg), held, origin * fresh);
+    dh = multiply_add(multiply_add(steps, h, dh), held, origin * fresh * y);
     g = multiply_add(g, held, fresh);
     h = multiply_add(h, held, fresh * y);
     exponent = top;
@@ -250,7 +272,7 @@ struct Carry {
   VRWKV_FN void append(const State<T>& chunk, double w, double length) {
     const State<double> own = convert<double>(chunk);
     const double top = larger(state.exponent, own.exponent);
-    state.advance(::exp2(state.exponent - top), length);
+    state.advance(::exp2(state.exponent - top), length * Counting<double>(w).steps);
     state.add(own, ::exp2(own.exponent - top));
     // A state that is still empty stays so.
     state.exponent = top > kEmpty ? top - clamp(w, static_cast<double>(kMaxDecay)) * length * kLog2e : top;
@@ -295,20 +317,24 @@ template <typename T>
 struct TokenGrad {
   T gk = T(0), gv = T(0), gw = T(0), gu = T(0);
 
-  VRWKV_FN void add(const GradState<T>& state, Decay<T> decay, Scaled<T> key, T v) {
+  VRWKV_FN void add(const GradState<T>& state, Decay<T> decay, Scaled<T> key, T v, T own) {
     // e^(k_i - z_t - w d) <= 1
     const T e = power_of_two(state.exponent - decay.exponent + key.exponent) * decay.inverse * key.mantissa;
+    const T part = e * (state.g * v - state.h);
     gv = multiply_add(e, state.g, gv);
-    gk = multiply_add(e, state.g * v - state.h, gk);
-    gw = multiply_add(-e, state.dg * v - state.dh, gw);
+    gk += part;
+    gw -= multiply_add(own, part, e * (state.dg * v - state.dh));
   }
 
-  VRWKV_FN void add_self(Scaled<T> key, Scaled<T> bonus, Scaled<T> shrink, T gy, T v, T y) {
+  // `far` is far_t - 1, or 0 where w decays.
+  VRWKV_FN void add_self(Scaled<T> key, Scaled<T> bonus, Scaled<T> shrink, T gy, T v, T y, T far) {
     const T g = power_of_two(key.exponent + bonus.exponent + shrink.exponent) * key.mantissa * bonus.mantissa *
                 shrink.mantissa * gy;
+    const T part = g * (v - y);
     gv += g;
-    gu += g * (v - y);
-    gk += g * (v - y);
+    gu += part;
+    gk += part;
+    gw = multiply_add(far, part, gw);
   }
 };
 

@@ -193,16 +193,6 @@ VRWKV_FN void absorb(WkvLanes<T>& state, const ScaledLanes<T>& key, const DecayL
   }
 }
 
-template <typename T>
-VRWKV_FN void absorb(GradLanes<T>& state, const ScaledLanes<T>& shrink, const DecayLanes<T>& decay, const Lanes<T>& gy,
-                     const Lanes<T>& y) {
-  for (int j = 0; j < kWidth; ++j) {
-    auto s = state.get(j);
-    s.absorb(decay.get(j).grow(shrink.get(j)), gy.x[j], y.x[j]);
-    state.set(j, s);
-  }
-}
-
 template <typename scalar_t, bool causal>
 void forward_states(const Forward<scalar_t>& p, int64_t b, int64_t chunk, int64_t c) {
   using T = acc_type<scalar_t>;
@@ -314,19 +304,41 @@ struct Saved {
   }
 };
 
+template <typename T>
+struct CountingLanes {
+  Lanes<T> steps, origins;
+
+  template <typename scalar_t>
+  VRWKV_FN explicit CountingLanes(const Tile<scalar_t>& tile) {
+    for (int j = 0; j < tile.count; ++j) {
+      const Counting<T> counting(tile.problem.w[tile.c + j]);
+      steps.x[j] = counting.steps, origins.x[j] = counting.origins;
+    }
+  }
+};
+
 // A token gives to the outputs after it, whose sums come from the right, and, unless causal, to those before it.
 template <typename scalar_t, bool causal>
 void backward_states(const Backward<scalar_t>& p, int64_t b, int64_t chunk, int64_t c) {
   using T = acc_type<scalar_t>;
   const Tile<scalar_t> tile(p, b, chunk, c);
+  const Distances distances{p.tokens, causal};
+  const CountingLanes<T> counting(tile);
   Saved<scalar_t> saved;
   DecayLanes<T> decay;
   for (int direction = causal ? 1 : 0; direction < 2; ++direction) {
     GradLanes<T> state;
     for (int i = 0; i < tile.length; ++i) {
-      saved.read(p, tile, direction == 0 ? i : tile.length - 1 - i);
+      const int t = direction == 0 ? i : tile.length - 1 - i;
+      saved.read(p, tile, t);
       tile.read_decay(decay, i + 1);
-      absorb(state, saved.shrink, decay, saved.gy, saved.y);
+      const T origin = static_cast<T>(distances.origin(tile.first + t, direction));
+      for (int j = 0; j < kWidth; ++j) {
+        auto s = state.get(j);
+        s.absorb(decay.get(j).grow(saved.shrink.get(j)), saved.gy.x[j], saved.y.x[j], counting.steps.x[j],
+                 counting.origins.x[j] * origin);
+        state.set(j, s);
+      }
     }
     tile.write_state(state, direction);
   }
@@ -342,6 +354,8 @@ template <typename scalar_t, bool causal>
 void backward_outputs(const Backward<scalar_t>& p, int64_t b, int64_t chunk, int64_t c) {
   using T = acc_type<scalar_t>;
   const Tile<scalar_t> tile(p, b, chunk, c);
+  const Distances distances{p.tokens, causal};
+  const CountingLanes<T> counting(tile);
   Saved<scalar_t> saved;
   Lanes<T> k, v, u, gw, gu;
   ScaledLanes<T> bonus;
@@ -362,14 +376,17 @@ void backward_outputs(const Backward<scalar_t>& p, int64_t b, int64_t chunk, int
       saved.read(p, tile, t);
       tile.read_decay(decay, tile.length - 1 - t);
       tile.read_decay(grow, tile.length - t);
+      const T origin = static_cast<T>(distances.origin(tile.first + t, 1));
+      const T own = static_cast<T>(distances.own(tile.first + t, 1));
       auto& held = after[t];
       for (int j = 0; j < kWidth; ++j) {
         auto s = state.get(j);
         TokenGrad<T> grad;
-        grad.add(s, decay.get(j), exp_scaled(k.x[j]), v.x[j]);
+        grad.add(s, decay.get(j), exp_scaled(k.x[j]), v.x[j], counting.origins.x[j] * own);
         held.gk.x[j] = grad.gk, held.gv.x[j] = grad.gv;
         gw.x[j] += grad.gw;
-        s.absorb(grow.get(j).grow(saved.shrink.get(j)), saved.gy.x[j], saved.y.x[j]);
+        s.absorb(grow.get(j).grow(saved.shrink.get(j)), saved.gy.x[j], saved.y.x[j], counting.steps.x[j],
+                 counting.origins.x[j] * origin);
         state.set(j, s);
       }
     }
@@ -384,15 +401,20 @@ void backward_outputs(const Backward<scalar_t>& p, int64_t b, int64_t chunk, int
     saved.read(p, tile, t);
     tile.read_decay(decay, t);
     tile.read_decay(grow, t + 1);
+    const T origin = static_cast<T>(distances.origin(tile.first + t, 0));
+    const T own = static_cast<T>(distances.own(tile.first + t, 0));
+    const T far = static_cast<T>(distances.far(tile.first + t) - 1);
     const auto& held = after[t];
     for (int j = 0; j < kWidth; ++j) {
       const Scaled<T> key = exp_scaled(k.x[j]);
       TokenGrad<T> grad;
-      grad.add_self(key, bonus.get(j), saved.shrink.get(j), saved.gy.x[j], v.x[j], saved.y.x[j]);
+      grad.add_self(key, bonus.get(j), saved.shrink.get(j), saved.gy.x[j], v.x[j], saved.y.x[j],
+                    counting.origins.x[j] * far);
       if constexpr (!causal) {
         auto s = state.get(j);
-        grad.add(s, decay.get(j), key, v.x[j]);
-        s.absorb(grow.get(j).grow(saved.shrink.get(j)), saved.gy.x[j], saved.y.x[j]);
+        grad.add(s, decay.get(j), key, v.x[j], counting.origins.x[j] * own);
+        s.absorb(grow.get(j).grow(saved.shrink.get(j)), saved.gy.x[j], saved.y.x[j], counting.steps.x[j],
+                 counting.origins.x[j] * origin);
         state.set(j, s);
       }
       gk.x[j] = grad.gk + held.gk.x[j];
