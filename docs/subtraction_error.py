@@ -1,6 +1,7 @@
-"""Compare two ways to compute Bi-WKV in float32 with a dense float64 reference (docs/operator.md)."""
+"""Hold two ways to compute Bi-WKV in float32 against a dense float64 one: see operator.md."""
 
 import torch
+
 from vrwkv_ops import bi_wkv
 
 

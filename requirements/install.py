@@ -33,12 +33,12 @@ OPTIONAL_PACKAGES = (
 )
 DISK_GIB = 10  # torch's CUDA build unpacks to 5 GB; the rest is downloads and what gets compiled
 HEARTBEAT_SECONDS = 20
-COMPILED_FOR_CPU = '''
+COMPILED_FOR_CPU = """
 import sys
 from vrwkv_ops.backends import diagnose
 [cpu] = [backend for backend in diagnose() if 'CPU' in backend.name]
 cpu.available or sys.exit(f'{cpu.why}. {cpu.fix}')
-'''
+"""
 
 
 class InstallError(Exception):
@@ -50,12 +50,18 @@ def say(message):
     print(f'[install] {message}', flush=True)
 
 
+def pins(path):
+    """Return the requirements in a file, without comments."""
+    lines = (line.partition('#')[0].strip() for line in path.read_text().splitlines())
+    return [line for line in lines if line]
+
+
 def digest(paths, *facts):
-    """Hash files (by content) and facts (by value) into the key of a stamp."""
+    """Hash files (by content; by what they require) and facts (by value) into a stamp's key."""
     sha = hashlib.sha256()
     for path in sorted(paths):
         sha.update(f'{path.relative_to(ROOT)}\0'.encode())
-        sha.update(path.read_bytes())
+        sha.update(json.dumps(pins(path)).encode() if path.suffix == '.txt' else path.read_bytes())
     sha.update(json.dumps(facts).encode())
     return sha.hexdigest()
 
@@ -251,7 +257,7 @@ class Environment:
         lines = queue.Queue()
         threading.Thread(target=lambda: [*map(lines.put, process.stdout), lines.put(None)]).start()
         start = shown = time.monotonic()
-        count = 'preparing'
+        count = 'the first files are being compiled'
         with log.open('w') as file:
             while True:
                 try:
@@ -302,10 +308,11 @@ class Environment:
 
 
 def build_facts():
-    """Return what decides how an extension is compiled."""
+    """Return what decides how an extension is compiled, other than its sources and Python."""
+    torch = [line for line in pins(REQUIREMENTS / 'base.txt') if line.startswith('torch==')]
     variables = ('CXX', 'CUDA_HOME', 'FORCE_CUDA', 'TORCH_CUDA_ARCH_LIST')
     gpu = Path('/dev/nvidiactl').exists()
-    return [gpu, shutil.which('nvcc'), *(os.environ.get(variable) for variable in variables)]
+    return [torch, gpu, shutil.which('nvcc'), *(os.environ.get(variable) for variable in variables)]
 
 
 def install_base(environment):
@@ -321,10 +328,10 @@ def install_mmcv(environment, operators):
     mmcv-lite and mmcv (and both builds of onedl-mmcv) own the same folder, so the one is removed
     before the other is added. Classification accepts either.
     """
-    base = REQUIREMENTS / 'base.txt'
+    build_key = digest([environment.file('mmcv')], *build_facts())
     keys = {
-        'mmcv-lite': digest([base, environment.file('mmcv-lite')], *environment.identity),
-        'mmcv': digest([base, environment.file('mmcv')], *environment.identity, *build_facts()),
+        'mmcv-lite': digest([environment.file('mmcv-lite')], *environment.identity),
+        'mmcv': digest([], build_key, *environment.identity),
     }
     accepted = {keys['mmcv']} if operators else set(keys.values())
     if environment.stamped('mmcv') in accepted:
@@ -341,10 +348,9 @@ def install_mmcv(environment, operators):
             'Installing mmcv with its operators. Compiling them takes about 10 minutes on two '
             'cores, once: uv keeps the result.'
         )
-        # uv's cache tells builds apart by their settings only; torch's ABI is part of this one.
-        key = keys['mmcv'][:16]
+        # uv tells builds in its cache apart by their settings, not by the torch they are for.
         requirements += ['--no-build-isolation-package', package]
-        requirements += ['--config-settings-package', f'{package}:build-key={key}']
+        requirements += ['--config-settings-package', f'{package}:build-key={build_key[:16]}']
         environment.install(*requirements, progress='mmcv')
         code = 'import mmcv.ops'
     else:
@@ -364,7 +370,7 @@ def install_vrwkv_ops(environment):
     sources += [path for path in folder.glob('csrc/**/*') if path.is_file()]
     skips = [os.environ.get(f'VRWKV_OPS_SKIP_{what}') for what in ('BUILD', 'CUDA')]
     facts = [*environment.identity, *build_facts(), *skips]
-    key = digest([REQUIREMENTS / 'base.txt', *sources], *facts)
+    key = digest(sources, *facts)
     if environment.stamped('vrwkv_ops') == key:
         return
     code = 'import vrwkv_ops'
