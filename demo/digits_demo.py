@@ -79,7 +79,8 @@ def test(config: Path, checkpoint: Path) -> float:
     """Test the checkpoint, unless that is done, and return the top-1 accuracy in percent."""
     out = checkpoint.with_name('metrics.json')
     if not is_newer(out, checkpoint):
-        args = ('--work-dir', checkpoint.parent, '--out', out, '--out-item', 'metrics')
+        work_dir = checkpoint.parent / 'test'
+        args = ('--work-dir', work_dir, '--out', out, '--out-item', 'metrics')
         run_tool('test.py', config, checkpoint, *args)
     return json.loads(out.read_text())['accuracy/top1']
 
@@ -110,16 +111,19 @@ def draw(predictions: list[Prediction], accuracy: float, out: Path) -> None:
     mistakes = sorted((p for p in predictions if not p.right), key=lambda p: -p.confidence)
     unsure = sorted((p for p in predictions if p.right), key=lambda p: p.confidence)
     hardest = (mistakes + unsure)[: 2 * columns]
-    sample = np.random.default_rng(0).permutation(len(predictions))[: 4 * columns]
+    sample = np.random.default_rng(0).permutation(len(predictions))[: 3 * columns]
     parts = (
-        ('The hardest: mistakes, then right answers it was least sure of', hardest),
+        (
+            'Hardest: mistakes (true digit in brackets), then the least sure right answers',
+            hardest,
+        ),
         ('Picked at random', [predictions[index] for index in sample]),
     )
 
-    fig = plt.figure(figsize=(13, 11), dpi=120, layout='constrained', facecolor='white')
+    fig = plt.figure(figsize=(13, 8.8), dpi=120, layout='constrained', facecolor='white')
     total = len(predictions)
     fig.suptitle(
-        f'VRWKV on handwritten digits: {accuracy:.1f} % of {total} unseen images right\n',
+        f'VRWKV on handwritten digits: {accuracy:.1f} % of {total} unseen images right',
         fontsize=20,
         fontweight='bold',
     )
@@ -146,7 +150,7 @@ def _draw_tile(axes: mpl.axes.Axes, prediction: Prediction) -> None:
     axes.barh(1.1 * side, side, height=0.08 * side, color='#e6e6e6')
     axes.barh(1.1 * side, side * prediction.confidence, height=0.08 * side, color=colour)
     axes.set(xlim=(0, side), ylim=(1.16 * side, -0.02 * side))
-    mark = '✓' if prediction.right else f'✗ is {prediction.label}'
+    mark = '✓' if prediction.right else f'✗ ({prediction.label})'
     axes.set_title(
         f'{prediction.predicted} {mark}  {prediction.confidence:.0%}', color=colour, fontsize=10
     )
@@ -171,7 +175,7 @@ def main() -> None:
     if not is_newer(picture, checkpoint):
         draw(predict(config, checkpoint, data_root / 'val'), accuracy, picture)
 
-    log = max(work_dir.glob('*/*.log'))
+    log = max(work_dir.glob('2*/*.log'))  # folders are named by date
     print(f"""
 Top-1 accuracy on unseen digits: {accuracy:.2f} %
   picture     {picture}

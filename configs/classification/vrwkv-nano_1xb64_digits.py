@@ -15,7 +15,7 @@ param_scheduler = [
     dict(type='LinearLR', start_factor=1e-2, by_epoch=True, end=3, convert_to_iter_based=True),
     dict(type='CosineAnnealingLR', eta_min_ratio=1e-2, by_epoch=True, begin=3),
 ]
-train_cfg = dict(max_epochs=30)
+train_cfg = dict(max_epochs=40)
 auto_scale_lr = dict(base_batch_size=64)
 
 default_hooks = dict(logger=dict(interval=23))  # once per epoch
