@@ -6,6 +6,6 @@ from pathlib import Path
 from setuptools import setup
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / 'build_tools'))
-from kernels import BuildKernels, placeholders  # noqa: E402
+from kernels import BuildKernels, placeholders
 
 setup(ext_modules=placeholders(), cmdclass={'build_ext': BuildKernels})

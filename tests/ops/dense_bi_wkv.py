@@ -6,7 +6,7 @@ import torch
 def dense_bi_wkv(w, u, k, v, causal=False, rows=None):
     """Bi-WKV of the tokens ``rows`` (default: all), in float64 and by autograd differentiable.
 
-    The weight of token i in the output of token t is e^(k_i - w (|t-i| - 1)), and e^(u + k_t) for i = t.
+    Token i weighs e^(k_i - w (|t-i| - 1)) in the output of token t, and e^(u + k_t) if i = t.
     """
     w, u, k, v = (x.to(torch.float64) for x in (w, u, k, v))
     source = torch.arange(k.shape[1], device=k.device)

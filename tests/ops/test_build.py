@@ -111,7 +111,15 @@ def test_failed_compilation_leaves_a_package_that_says_so(tmp_path):
     compiler = tmp_path / 'c++'
     compiler.write_text('#!/bin/sh\ncase "$*" in *probe.cpp*) exec c++ "$@";; esac\nexit 1\n')
     compiler.chmod(0o755)
-    build = [sys.executable, 'setup.py', 'build_ext', '-b', tmp_path / 'lib', '-t', tmp_path / 'tmp']
+    build = [
+        sys.executable,
+        'setup.py',
+        'build_ext',
+        '-b',
+        tmp_path / 'lib',
+        '-t',
+        tmp_path / 'tmp',
+    ]
     env = {**_environment(), 'CXX': str(compiler), 'CC': str(compiler), 'VRWKV_OPS_SKIP_CUDA': '1'}
     result = subprocess.run(build, cwd=_PACKAGE, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -141,9 +149,7 @@ def fresh_backends(monkeypatch):
 def _write_info(monkeypatch, folder, **changes):
     built = dict(built=True, why='', fix='', archs='', file='_C.so')
     absent = dict(built=False, why='no nvcc was found', fix='Install it', archs='', file='')
-    info = dict(
-        torch=torch.__version__, torch_cuda=torch.version.cuda, cpu=built, cuda=absent
-    )
+    info = dict(torch=torch.__version__, torch_cuda=torch.version.cuda, cpu=built, cuda=absent)
     info.update(changes)
     path = folder / '_build_info.json'
     path.write_text(json.dumps(info))
@@ -201,7 +207,7 @@ def test_slow_path_warns_once_per_device(fresh_backends, monkeypatch, tmp_path):
 
 
 def test_operators_work_without_kernels():
-    """A process without compiled kernels: the scan serves it, forward and backward, with one warning."""
+    """A process without compiled kernels: the scan serves it, with one warning."""
     script = (
         'import json, pathlib, warnings\n'
         'read_text = pathlib.Path.read_text\n'
@@ -233,8 +239,31 @@ def test_python_m_vrwkv_ops():
     )
     lines = result.stdout.splitlines()
     assert torch.__version__ in lines[0]
-    for line, following in zip(lines, [*lines[1:], '']):
+    for line, following in zip(lines, [*lines[1:], ''], strict=True):
         if line.startswith('[ ]'):  # a reason, and what to do
             assert ': ' in line and following.startswith('      ')
     for name in ('CUDA kernels', 'C++ kernels for the CPU', 'pure-PyTorch scan'):
         assert sum(name in line for line in lines if line.startswith('[')) == 1
+
+
+@pytest.mark.parametrize(
+    ('archs', 'runs'),
+    [
+        ('9.0', True),
+        ('8.0;9.0', True),
+        ('8.0 9.0', True),
+        ('8.0', False),
+        ('8.0+PTX', True),
+        ('12.0+PTX', False),
+        ('8.0;12.0+PTX', False),
+        ('Hopper', True),
+    ],
+)
+def test_whether_kernels_cover_a_gpu(fresh_backends, monkeypatch, archs, runs):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda: (9, 0))
+    for device_type in ('cuda', 'cpu'):
+        backends._loaded[device_type] = backends.Backend('x', True, 'compiled', archs=archs)
+    cuda = backends.diagnose()[0]
+    assert cuda.available is runs
+    assert runs or ('this GPU is 9.0' in cuda.why and 'TORCH_CUDA_ARCH_LIST=9.0' in cuda.fix)

@@ -23,14 +23,12 @@ all_backends = pytest.mark.parametrize(
         ON_GPU,
     ],
 )
-operator = pytest.mark.parametrize('device', [
-    'cpu', pytest.param('cuda', marks=pytest.mark.cuda)
-])
+operator = pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=pytest.mark.cuda)])
 
 
 @all_backends
 def test_values_worked_out_by_hand(backend):
-    """On a 2 x 3 grid numbered 1 to 6, each group takes its neighbour, and the fifth channel stays."""
+    """On a 2 x 3 grid of 1 to 6 each group takes its neighbour, and the fifth channel stays."""
     function, device = backend
     grid = torch.tensor([[1.0, 2, 3], [4, 5, 6]])
     x = grid.reshape(1, 6, 1).expand(1, 6, 5).to(device)

@@ -1,4 +1,4 @@
-"""One table of wrong calls, run through every implementation: each is refused alike, in words that help."""
+"""One table of wrong calls, run through every implementation: each refuses alike, and helps."""
 
 import pytest
 import torch
@@ -9,7 +9,9 @@ from vrwkv_ops.scan import bi_wkv_scan
 
 
 def wkv(**changes):
-    arguments = dict(w=torch.zeros(4), u=torch.zeros(4), k=torch.zeros(2, 6, 4), v=torch.zeros(2, 6, 4))
+    arguments = dict(
+        w=torch.zeros(4), u=torch.zeros(4), k=torch.zeros(2, 6, 4), v=torch.zeros(2, 6, 4)
+    )
     return {**arguments, **changes}
 
 
@@ -34,25 +36,51 @@ WRONG_WKV = {
     'integer w': (wkv(w=torch.zeros(4).int()), TypeError, "'w'.*int32.*float32"),
     'bool u': (wkv(u=torch.zeros(4).bool()), TypeError, "'u'.*bool.*float32"),
     'complex v': (wkv(v=torch.zeros(2, 6, 4) * 1j), TypeError, "'v'.*complex64.*float32"),
-    'mixed dtypes': (wkv(v=torch.zeros(2, 6, 4).half()), TypeError, "'k' and 'v'.*float32.*float16"),
+    'mixed dtypes': (
+        wkv(v=torch.zeros(2, 6, 4).half()),
+        TypeError,
+        "'k' and 'v'.*float32.*float16",
+    ),
     'no tokens': (
-        wkv(k=torch.zeros(2, 0, 4), v=torch.zeros(2, 0, 4)), ValueError, r'T >= 1.*\(2, 0, 4\)'
+        wkv(k=torch.zeros(2, 0, 4), v=torch.zeros(2, 0, 4)),
+        ValueError,
+        r'T >= 1.*\(2, 0, 4\)',
     ),
     'no channels': (
         wkv(k=torch.zeros(2, 6, 0), v=torch.zeros(2, 6, 0), w=torch.zeros(0), u=torch.zeros(0)),
         ValueError,
         r'C >= 1.*\(2, 6, 0\)',
     ),
-    'devices': (wkv(v=torch.zeros(2, 6, 4, device='meta')), ValueError, "'v' is on meta.*'k' is on cpu"),
-    'device of w': (wkv(w=torch.zeros(4, device='meta')), ValueError, "'w' is on meta.*'k' is on cpu"),
+    'devices': (
+        wkv(v=torch.zeros(2, 6, 4, device='meta')),
+        ValueError,
+        "'v' is on meta.*'k' is on cpu",
+    ),
+    'device of w': (
+        wkv(w=torch.zeros(4, device='meta')),
+        ValueError,
+        "'w' is on meta.*'k' is on cpu",
+    ),
     'causal a number': (wkv(causal=1), TypeError, "'causal'.*bool.*int"),
 }
 WRONG_SHIFT = {
     'no tensor': (shift(x='x'), TypeError, "'x'.*torch.Tensor.*str"),
-    'an image': (shift(x=torch.zeros(2, 8, 2, 3)), ValueError, r"'x'.*\(B, H\*W, C\).*\(2, 8, 2, 3\)"),
+    'an image': (
+        shift(x=torch.zeros(2, 8, 2, 3)),
+        ValueError,
+        r"'x'.*\(B, H\*W, C\).*\(2, 8, 2, 3\)",
+    ),
     'integers': (shift(x=torch.zeros(2, 6, 8).long()), TypeError, "'x'.*int64.*float32"),
-    'other grid': (shift(resolution=(3, 3)), ValueError, r"'resolution' \(3, 3\) has 9 tokens.*T = 6"),
-    'negative grid': (shift(resolution=(-2, -3)), ValueError, r"'resolution'.*positive.*\(-2, -3\)"),
+    'other grid': (
+        shift(resolution=(3, 3)),
+        ValueError,
+        r"'resolution' \(3, 3\) has 9 tokens.*T = 6",
+    ),
+    'negative grid': (
+        shift(resolution=(-2, -3)),
+        ValueError,
+        r"'resolution'.*positive.*\(-2, -3\)",
+    ),
     'float grid': (shift(resolution=(2.0, 3.0)), TypeError, r"'resolution'.*ints.*\(2\.0, 3\.0\)"),
     'bool grid': (shift(resolution=(True, 6)), TypeError, "'resolution'.*ints.*True"),
     'grid a number': (shift(resolution=6), TypeError, "'resolution'.*pair.*int"),
@@ -63,9 +91,11 @@ WRONG_SHIFT = {
     'gamma too large': (shift(channel_gamma=0.3), ValueError, r"'channel_gamma'.*\(0, 1/4\].*0\.3"),
     'gamma nan': (shift(channel_gamma=float('nan')), ValueError, "'channel_gamma'.*nan"),
     'gamma a string': (shift(channel_gamma='1/4'), TypeError, "'channel_gamma'.*float.*str"),
-    'few channels': (shift(x=torch.zeros(2, 6, 3)), ValueError, "C = 3 channels, too few.*C >= 4"),
+    'few channels': (shift(x=torch.zeros(2, 6, 3)), ValueError, 'C = 3 channels, too few.*C >= 4'),
     'few for gamma': (
-        shift(x=torch.zeros(2, 6, 8), channel_gamma=0.1), ValueError, 'C = 8 channels.*C >= 10'
+        shift(x=torch.zeros(2, 6, 8), channel_gamma=0.1),
+        ValueError,
+        'C = 8 channels.*C >= 10',
     ),
 }
 
@@ -88,9 +118,10 @@ def test_q_shift_refuses(function, arguments, error, message):
 @pytest.mark.parametrize('function', [bi_wkv_reference, bi_wkv_scan, bi_wkv])
 def test_refuses_tensors_on_two_devices(function):
     with pytest.raises(ValueError, match="'v' is on cpu but 'k' is on cuda:0"):
-        function(**wkv(k=torch.zeros(2, 6, 4, device='cuda')) | {
-            name: torch.zeros(4, device='cuda') for name in 'wu'
-        })
+        function(
+            **wkv(k=torch.zeros(2, 6, 4, device='cuda'))
+            | {name: torch.zeros(4, device='cuda') for name in 'wu'}
+        )
 
 
 @pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=pytest.mark.cuda)])
@@ -99,8 +130,12 @@ def test_kernels_guard_direct_calls(device):
     ops = torch.ops.vrwkv_ops
     w, k = torch.zeros(4, device=device), torch.zeros(2, 6, 4, device=device)
     for wrong in (
-        (w[:3], w, k, k), (w.double(), w, k, k), (w, w, k, k[:, :5]), (w, w, k, k.half()),
-        (w, w, k[0], k[0]), (w.expand(2, 4)[:, 0], w, k, k),
+        (w[:3], w, k, k),
+        (w.double(), w, k, k),
+        (w, w, k, k[:, :5]),
+        (w, w, k, k.half()),
+        (w, w, k[0], k[0]),
+        (w.expand(2, 4)[:, 0], w, k, k),
     ):
         with pytest.raises(RuntimeError):
             ops.bi_wkv_forward(*wrong, False, False)

@@ -1,8 +1,8 @@
-"""Builds the compiled kernels, as far as the machine allows, and records what was built and why not.
+"""Builds the compiled kernels as far as the machine allows, and records what was built.
 
 Two extension modules, ``vrwkv_ops._C`` (CPU) and ``vrwkv_ops._C_cuda``, are built apart from each
-other, so that one may fail or be left out. A failure is no error, since the package works without them,
-unless ``FORCE_CUDA=1`` asked for CUDA. Environment variables:
+other, so that one may fail or be left out. A failure is no error, since the package works without
+them, unless ``FORCE_CUDA=1`` asked for CUDA. Environment variables:
 
 - ``FORCE_CUDA=1``: build for CUDA even where no GPU is in sight; fail if that is impossible.
 - ``TORCH_CUDA_ARCH_LIST``: architectures to build for, e.g. ``8.0;9.0+PTX``.
@@ -22,7 +22,6 @@ import traceback
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Optional
 
 from setuptools import Extension
 from setuptools.command.build_ext import build_ext
@@ -45,18 +44,18 @@ OPENMP_FLAGS = [] if sys.platform == 'darwin' else ['-fopenmp']
 class Machine:
     """What of the machine bears on the build."""
 
-    torch: Optional[str] = None  # version
+    torch: str | None = None  # version
     torch_problem: str = ''  # why it could not be imported
-    torch_cuda: Optional[str] = None  # CUDA version that torch was built with
+    torch_cuda: str | None = None  # CUDA version that torch was built with
     cxx_problem: str = ''  # why no C++ compiler works
-    cuda_home: Optional[str] = None
+    cuda_home: str | None = None
     nvcc_archs: tuple[str, ...] = ()  # what nvcc can compile for
     gpu_archs: tuple[str, ...] = ()  # of the GPUs in sight
 
 
 @dataclass
 class Part:
-    """Whether the kernels for one kind of device are built; if not, why, and what to do about it."""
+    """Whether the kernels for one kind of device are built; if not, why, and what to do."""
 
     built: bool
     why: str = ''
@@ -79,7 +78,7 @@ def plan(env: Mapping[str, str], machine: Machine) -> dict[str, Part]:
     force_cuda = is_set(env, 'FORCE_CUDA')
     for name in ('VRWKV_OPS_SKIP_BUILD', 'VRWKV_OPS_SKIP_CUDA'):
         if force_cuda and is_set(env, name):
-            raise SetupError(f'FORCE_CUDA and {name} are both set and contradict each other: unset one')
+            raise SetupError(f'FORCE_CUDA and {name} are both set and contradict: unset one')
 
     cpu = _plan_cpu(env, machine)
     cuda = _plan_cuda(env, machine, force_cuda) if cpu.built else Part(False, cpu.why, cpu.fix)
@@ -127,7 +126,7 @@ def _plan_cuda(env: Mapping[str, str], machine: Machine, force: bool) -> Part:
         return Part(
             False,
             'no nvcc was found',
-            f'Install the CUDA toolkit {machine.torch_cuda} or point CUDA_HOME to it, then reinstall',
+            f'Install CUDA toolkit {machine.torch_cuda} or point CUDA_HOME to it, then reinstall',
         )
     if not machine.gpu_archs and not force:
         return Part(
@@ -157,7 +156,7 @@ def inspect_machine() -> Machine:
     try:
         import torch
         from torch.utils import cpp_extension
-    except Exception as error:  # a broken torch may raise anything; the package installs all the same
+    except Exception as error:  # a broken torch may raise anything, and must not stop the install
         return Machine(torch_problem=f'{type(error).__name__}: {error}')
     cuda_home, nvcc_archs = _find_cuda(cpp_extension)
     gpus = range(torch.cuda.device_count()) if torch.version.cuda else ()
@@ -192,7 +191,7 @@ def _cxx_problem(compiler: list[str]) -> str:
     return ''
 
 
-def _find_cuda(cpp_extension) -> tuple[Optional[str], tuple[str, ...]]:
+def _find_cuda(cpp_extension) -> tuple[str | None, tuple[str, ...]]:
     """The CUDA toolkit that torch's build would use, and the architectures that its nvcc knows."""
     home = cpp_extension.CUDA_HOME
     if home is None or not Path(home, 'bin', 'nvcc').exists():
@@ -237,7 +236,7 @@ class BuildKernels(build_ext):
                 continue
             try:
                 part.file = self._build(name, part, machine, inplace)
-            # Whatever the compiler's wrappers raise, SystemExit included, the package still installs.
+            # Whatever the compiler's wrappers raise, SystemExit included, the package installs.
             except (Exception, SystemExit) as error:
                 if name == 'cuda' and is_set(os.environ, 'FORCE_CUDA'):
                     raise

@@ -1,4 +1,4 @@
-"""``python -m vrwkv_ops``: which backends are available; for each that is not, why and what to do."""
+"""``python -m vrwkv_ops``: which backends are available, and what to do about the others."""
 
 import sys
 

@@ -1,8 +1,9 @@
 """Loads the compiled kernels and explains which backends are there, which are not, and why."""
 
 import json
+import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,12 +26,14 @@ class Backend:
         available: Whether it can be used now.
         why: What it was built for, or why it is not available.
         fix: What to do about it; empty if available.
+        archs: GPU architectures that it was compiled for.
     """
 
     name: str
     available: bool
     why: str
     fix: str = ''
+    archs: str = ''
 
     def __str__(self) -> str:
         """Formats as one or two lines."""
@@ -71,12 +74,14 @@ def _load_part(device_type: str, info: dict | None) -> Backend:
             problem = f'{part["file"]}, compiled for {built_for}, does not load: {error}'
     if problem:
         warnings.warn(
-            f'vrwkv_ops: {title} are not used: {problem}. {_REINSTALL}', RuntimeWarning, stacklevel=2
+            f'vrwkv_ops: {title} are not used: {problem}. {_REINSTALL}',
+            RuntimeWarning,
+            stacklevel=2,
         )
         _warned.add(device_type)
         return Backend(title, False, problem, _REINSTALL)
     archs = f', GPU architectures {part["archs"]}' if part['archs'] else ''
-    return Backend(title, True, f'compiled for {built_for}{archs}')
+    return Backend(title, True, f'compiled for {built_for}{archs}', archs=part['archs'])
 
 
 def _abi(torch_version: str, cuda_version: str | None) -> tuple:
@@ -111,8 +116,26 @@ def diagnose() -> list[Backend]:
 
 def _check_gpu(cuda: Backend) -> Backend:
     """Whether CUDA kernels that were loaded have a GPU to run on."""
-    if cuda.available and not torch.cuda.is_available():
-        return Backend(
-            cuda.name, False, f'{cuda.why}, but torch sees no GPU', 'Check nvidia-smi and the driver'
-        )
-    return cuda
+    if not cuda.available:
+        return cuda
+    if not torch.cuda.is_available():
+        why, fix = 'torch sees no GPU', 'Check nvidia-smi and the driver'
+    elif _runs_on(torch.cuda.get_device_capability(), cuda.archs):
+        return cuda
+    else:
+        major, minor = torch.cuda.get_device_capability()
+        why = f'this GPU is {major}.{minor}'
+        fix = f'Reinstall with TORCH_CUDA_ARCH_LIST={major}.{minor}'
+    return replace(cuda, available=False, why=f'{cuda.why}, but {why}', fix=fix)
+
+
+def _runs_on(capability: tuple[int, int], archs: str) -> bool:
+    """Whether code for ``archs`` runs on a GPU: the same major version, or PTX of an older one."""
+    for arch in archs.replace(' ', ';').split(';'):
+        numbers = re.match(r'(\d+)\.(\d+)', arch)
+        if not numbers:  # a name such as Hopper
+            return True
+        built_for = (int(numbers[1]), int(numbers[2]))
+        if built_for <= capability and ('+PTX' in arch or built_for[0] == capability[0]):
+            return True
+    return False

@@ -1,5 +1,7 @@
 """Argument checks, shared by every implementation and done before any of them runs."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -67,7 +69,7 @@ def check_bi_wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor, causal: bool) -> No
             )
     if v.dtype != k.dtype and not _autocast_unifies(k, v):
         raise TypeError(
-            f"{op}: 'k' and 'v' must have one dtype, got {k.dtype} and {v.dtype}; convert one of them"
+            f"{op}: 'k' and 'v' must have one dtype, got {k.dtype} and {v.dtype}; convert one"
         )
 
 
@@ -113,16 +115,14 @@ def check_q_shift(
         raise ValueError(f"{op}: 'x' must have shape (B, H*W, C), got {tuple(x.shape)}")
     height, width = resolution
     if height < 1 or width < 1:
-        raise ValueError(
-            f"{op}: 'resolution' must be positive, got ({height}, {width})"
-        )
+        raise ValueError(f"{op}: 'resolution' must be positive, got ({height}, {width})")
     if height * width != x.shape[1]:
         raise ValueError(
             f"{op}: 'resolution' ({height}, {width}) has {height * width} tokens but 'x' of shape "
             f'{tuple(x.shape)} has T = {x.shape[1]}; pass the (H, W) of the token grid'
         )
     bounds = q_shift_bounds(x.shape[2], channel_gamma)
-    if any(start == stop for start, stop in zip(bounds, bounds[1:])):
+    if any(start == stop for start, stop in pairwise(bounds)):
         raise ValueError(
             f"{op}: 'x' has C = {x.shape[2]} channels, too few for four groups of "
             f'{channel_gamma} * C (a group would be empty); C >= {1 / channel_gamma:g} serves'

@@ -1,13 +1,13 @@
 """Bi-WKV in plain PyTorch: a log-step scan, forward and backward, on any device.
 
 Every sum of the operator has the form ``S_t = sum_i e^(k_i - w n_i) x_i``, where ``n_i`` counts the
-steps from token ``i`` to token ``t``. A piece of the sequence is summed up by a state
-``(x, k, n)`` that means ``x e^(k - w n)``, with ``k`` and ``n`` those of its largest term: the exponent
-is never accumulated, so that T roundings cannot add up, and what is multiplied is never above 1.
-Two neighbouring states combine into one, and this is associative.
+steps from token ``i`` to token ``t``. A piece of the sequence is summed up by a state ``(x, k, n)``
+that means ``x e^(k - w n)``, with ``k`` and ``n`` those of its largest term: the exponent is never
+accumulated, so that T roundings cannot add up, and no factor is above 1. Two neighbouring states
+combine into one, and this is associative.
 """
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ class _States(NamedTuple):
     """One state per token: what it sums up is ``sums * exp(k - w * n)``."""
 
     sums: Tensor  # (F, B, T, C), F different sums under the same exponents
-    moments: Optional[Tensor]  # (F, B, T, C), the same sums with a factor in each term: see backward
+    moments: Tensor | None  # (F, B, T, C), with a factor in each term: see backward
     k: Tensor  # (B, T, C)
     n: Tensor  # (B, T, C), whole numbers in the accumulation dtype
 
@@ -28,7 +28,7 @@ class _States(NamedTuple):
         return _States(*(None if tensor is None else function(tensor) for tensor in self))
 
 
-def _leaves(sums: Tensor, k: Tensor, moments: Optional[Tensor] = None) -> _States:
+def _leaves(sums: Tensor, k: Tensor, moments: Tensor | None = None) -> _States:
     return _States(sums, moments, k, k.new_zeros(()).expand_as(k))
 
 
@@ -75,10 +75,12 @@ def _inclusive_scan(states: _States, w: Tensor, span: int = 1) -> _States:
         at_even = _States(
             *(
                 None if x is None else torch.cat([x[..., :1, :], y], dim=-2)
-                for x, y in zip(states, rest)
+                for x, y in zip(states, rest, strict=True)
             )
         )
-    return _States(*(None if x is None else _interleave(x, y) for x, y in zip(at_even, at_odd)))
+    return _States(
+        *(None if x is None else _interleave(x, y) for x, y in zip(at_even, at_odd, strict=True))
+    )
 
 
 def _interleave(even: Tensor, odd: Tensor) -> Tensor:
@@ -91,8 +93,8 @@ def _interleave(even: Tensor, odd: Tensor) -> Tensor:
 def _exclusive_scan(states: _States, w: Tensor, reverse: bool) -> _States:
     """Sums up, for every token, all states before it (after it, if ``reverse``).
 
-    Exponents count from the neighbour: a state next to the token has n = 0. At the end of the sequence,
-    where there is none, the sums are 0 and k is -inf.
+    Exponents count from the neighbour: a state next to the token has n = 0. At the end of the
+    sequence, where there is none, the sums are 0 and k is -inf.
     """
     if reverse:
         states = states.map(lambda x: x.flip(-2))
@@ -173,17 +175,17 @@ def backward(
     tokens = k.shape[1]
     scale = _headroom(tokens)
     v, y = v * scale, y * scale
-    # Weight of token i in the output of token t: e^(k_i - z_t - w n), never above 1 but for rounding.
-    own = (u + k - z).clamp(max=0).exp()
+    # Token i weighs e^(k_i - z_t - w n) in the output of token t: at most 1, but for rounding.
+    own = (k - z + u).clamp(max=0).exp()
     own_gk = own * gy * (v - y)
     gu = _token_sum(own_gk)
     gv, gk = own * gy, own_gk
 
-    # gw = -sum_t sum_i (n - n0_t) weight gy_t (v_i - y_t), for any n0_t, as the terms without a factor
-    # add up to 0. Where w decays, n0_t = 0: near tokens weigh most, and have a small n. Where it grows,
-    # the farthest weighs most: with its n as n0_t nothing large cancels. Then n - n0_t is
-    # (t - far_t) - i for i < t, and (T-1-t - far_t) + i - (T-1) for i > t: a part of t, which goes into
-    # the leaves, and one of i.
+    # gw = -sum_t sum_i (n - n0_t) weight gy_t (v_i - y_t), for any n0_t, as the terms without a
+    # factor add up to 0. Where w decays, n0_t = 0: near tokens weigh most, and have a small n.
+    # Where it grows, the farthest weighs most: with its n as n0_t nothing large cancels. Then
+    # n - n0_t is (t - far_t) - i for i < t, and (T-1-t - far_t) + i - (T-1) for i > t: a part of t,
+    # which goes into the leaves, and one of i.
     grows = (w < 0).to(w.dtype)
     t = torch.arange(tokens, dtype=w.dtype, device=w.device)[:, None]
     to_end = tokens - 1 - t
