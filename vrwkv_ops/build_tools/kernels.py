@@ -34,7 +34,7 @@ BUILD_INFO = '_build_info.json'
 DEFAULT_CUDA_ARCHS = ('8.0', '9.0', '12.0')
 
 # No -ffast-math: infinities and NaN keep their meaning. No -march: an installed file may move.
-CXX_FLAGS = ['-O3', '-g0', '-fno-math-errno', '-fno-trapping-math']
+CXX_FLAGS = ['-O3', '-g0', '-fno-math-errno', '-fno-trapping-math', '-ffp-contract=off']
 NVCC_FLAGS = ['-O3']
 # at::parallel_for is a header and needs it; Apple's clang has no OpenMP.
 OPENMP_FLAGS = [] if sys.platform == 'darwin' else ['-fopenmp']

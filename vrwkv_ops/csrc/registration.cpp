@@ -1,18 +1,16 @@
-// Kernels for the operators that src/vrwkv_ops/ops.py defines.
+// Kernels for the operators that src/vrwkv_ops/ops.py defines. Compiled into each extension module: CPU and CUDA are apart.
 #include <torch/library.h>
 
 #include "ops.h"
 
-#define VRWKV_REGISTER(KEY, device)                       \
-  TORCH_LIBRARY_IMPL(vrwkv_ops, KEY, m) {                 \
-    m.impl("bi_wkv_forward", vrwkv_##device::bi_wkv_forward);   \
-    m.impl("bi_wkv_backward", vrwkv_##device::bi_wkv_backward); \
-    m.impl("q_shift", vrwkv_##device::q_shift);           \
-  }
-
-// Compiled into either of two modules, so that each can be built, and fail, without the other.
 #if defined(VRWKV_OPS_WITH_CUDA)
-VRWKV_REGISTER(CUDA, cuda)
+namespace kernels = vrwkv_cuda;
+TORCH_LIBRARY_IMPL(vrwkv_ops, CUDA, m) {
 #else
-VRWKV_REGISTER(CPU, cpu)
+namespace kernels = vrwkv_cpu;
+TORCH_LIBRARY_IMPL(vrwkv_ops, CPU, m) {
 #endif
+  m.impl("bi_wkv_forward", kernels::bi_wkv_forward);
+  m.impl("bi_wkv_backward", kernels::bi_wkv_backward);
+  m.impl("q_shift", kernels::q_shift);
+}

@@ -12,13 +12,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__CUDACC__)
-#define VRWKV_FN __host__ __device__ __forceinline__
-#elif defined(_MSC_VER)
-#define VRWKV_FN __forceinline
-#else
-#define VRWKV_FN inline __attribute__((always_inline))
-#endif
+#include "platform.h"
 
 // Internal linkage: every CPU instruction set compiles its own copy.
 namespace {

@@ -1,0 +1,102 @@
+// What the operators do on any device, around a Backend that has
+//   static int64_t chunk_length(int64_t tokens);    // from the sizes alone, so that results depend on nothing else
+//   template <typename P> static void run(const P&, bool causal);    // P is Forward or Backward
+#pragma once
+
+#include <ATen/Dispatch.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+
+#include <vector>
+
+#include "ops.h"
+#include "problem.h"
+#include "state.h"
+
+namespace vrwkv_ops {
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <typename scalar_t>
+View<scalar_t> view(const at::Tensor& x) {
+  return {x.const_data_ptr<scalar_t>(), x.stride(0), x.stride(1), x.stride(2)};
+}
+
+// Null for an empty tensor.
+template <typename scalar_t>
+scalar_t* data_or_null(const at::Tensor& x) {
+  return x.numel() ? x.mutable_data_ptr<scalar_t>() : nullptr;
+}
+
+// A problem and the memory that its kernels share.
+template <typename P>
+struct Workspace {
+  at::Tensor decay, states;
+
+  Workspace(P& p, int64_t chunk_length, int state_fields, const at::Tensor& w, const at::Tensor& u, const at::Tensor& k,
+            const at::Tensor& v) {
+    using scalar_t = typename P::scalar_type;
+    using acc_t = typename P::acc_t;
+    p.batch = k.size(0), p.tokens = k.size(1), p.channels = k.size(2);
+    p.chunk_length = chunk_length, p.chunks = ceil_div(p.tokens, chunk_length);
+    p.w = w.const_data_ptr<acc_t>(), p.u = u.const_data_ptr<acc_t>();
+    p.k = view<scalar_t>(k), p.v = view<scalar_t>(v);
+    decay = at::empty({kDecayColumns, chunk_length + 1, p.channels}, w.options());
+    p.decay = decay.mutable_data_ptr<acc_t>();
+    if (p.chunks > 1) states = at::empty({2, state_fields, p.batch, p.chunks, p.channels}, w.options());
+    p.states = p.chunks > 1 ? states.mutable_data_ptr<acc_t>() : nullptr;
+  }
+};
+
+template <typename Backend>
+std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& w, const at::Tensor& u, const at::Tensor& k,
+                                                       const at::Tensor& v, bool causal, bool save) {
+  check_inputs(w, u, k, v);
+  const auto sizes_if = [&](bool wanted) { return wanted ? k.sizes().vec() : std::vector<int64_t>{0}; };
+  const at::Tensor y = at::empty(k.sizes(), k.options());
+  const at::Tensor y_residual = at::empty(sizes_if(save && k.element_size() == 2), k.options());
+  const at::Tensor z = at::empty(sizes_if(save), w.options());
+  if (k.numel() == 0) return {y, y_residual, z};
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, k.scalar_type(), "bi_wkv_forward", [&] {
+    Forward<scalar_t> p;
+    const Workspace workspace(p, Backend::chunk_length(k.size(1)), vrwkv::WkvState<float>::kFields, w, u, k, v);
+    p.y = y.mutable_data_ptr<scalar_t>();
+    p.y_residual = data_or_null<scalar_t>(y_residual);
+    p.z = data_or_null<acc_type<scalar_t>>(z);
+    Backend::run(p, causal);
+  });
+  return {y, y_residual, z};
+}
+
+template <typename Backend>
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& gy, const at::Tensor& w,
+                                                                    const at::Tensor& u, const at::Tensor& k,
+                                                                    const at::Tensor& v, const at::Tensor& y,
+                                                                    const at::Tensor& y_residual, const at::Tensor& z,
+                                                                    bool causal) {
+  check_inputs(w, u, k, v);
+  check_saved(k, w, gy, y, y_residual, z);
+  const at::Tensor gk = at::empty(k.sizes(), k.options());
+  const at::Tensor gv = at::empty(k.sizes(), k.options());
+  if (k.numel() == 0) return {at::zeros_like(w), at::zeros_like(u), gk, gv};
+  at::Tensor gw, gu;
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, k.scalar_type(), "bi_wkv_backward", [&] {
+    using acc_t = acc_type<scalar_t>;
+    Backward<scalar_t> p;
+    const Workspace workspace(p, Backend::chunk_length(k.size(1)), vrwkv::GradState<float>::kFields, w, u, k, v);
+    gw = at::empty({p.batch * p.chunks, p.channels}, w.options());
+    gu = at::empty_like(gw);
+    p.gy = view<scalar_t>(gy);
+    p.y = y.const_data_ptr<scalar_t>();
+    p.y_residual = data_or_null<scalar_t>(y_residual);
+    p.z = z.const_data_ptr<acc_t>();
+    p.gk = gk.mutable_data_ptr<scalar_t>();
+    p.gv = gv.mutable_data_ptr<scalar_t>();
+    p.gw = gw.mutable_data_ptr<acc_t>();
+    p.gu = gu.mutable_data_ptr<acc_t>();
+    Backend::run(p, causal);
+  });
+  return {sum_partials(gw), sum_partials(gu), gk, gv};
+}
+
+}  // namespace vrwkv_ops
