@@ -19,8 +19,8 @@ inline void check_inputs(const at::Tensor& w, const at::Tensor& u, const at::Ten
   const auto accumulation = k.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   for (const auto& x : {w, u})
     TORCH_CHECK(x.dim() == 1 && x.size(0) == k.size(2) && x.is_contiguous() && x.scalar_type() == accumulation,
-                "bi_wkv: expected w and u contiguous, of shape (", k.size(2), ",) and type ", accumulation, ", got ",
-                x.sizes(), " ", x.scalar_type());
+                "bi_wkv: expected w and u contiguous, of shape (", k.size(2), ",) and type ", accumulation, ", got ", x.sizes(),
+                " ", x.scalar_type());
   for (const auto& x : {w, u, v})
     TORCH_CHECK(x.device() == k.device(), "bi_wkv: expected w, u, k and v on one device, got ", x.device(), " and ",
                 k.device());
@@ -32,10 +32,9 @@ inline void check_saved(const at::Tensor& k, const at::Tensor& w, const at::Tens
   TORCH_CHECK(gy.sizes() == k.sizes() && gy.scalar_type() == k.scalar_type() && gy.device() == k.device(),
               "bi_wkv_backward: expected gy like k (", k.sizes(), " ", k.scalar_type(), "), got ", gy.sizes(), " ",
               gy.scalar_type());
-  TORCH_CHECK(y.sizes() == k.sizes() && y.is_contiguous() && y.scalar_type() == k.scalar_type() &&
-                  z.sizes() == k.sizes() && z.is_contiguous() && z.scalar_type() == w.scalar_type() &&
-                  y_residual.numel() == (half ? k.numel() : 0) && y_residual.is_contiguous() &&
-                  y_residual.scalar_type() == k.scalar_type(),
+  TORCH_CHECK(y.sizes() == k.sizes() && y.is_contiguous() && y.scalar_type() == k.scalar_type() && z.sizes() == k.sizes() &&
+                  z.is_contiguous() && z.scalar_type() == w.scalar_type() && y_residual.numel() == (half ? k.numel() : 0) &&
+                  y_residual.is_contiguous() && y_residual.scalar_type() == k.scalar_type(),
               "bi_wkv_backward: expected y, y_residual and z as bi_wkv_forward(..., save=True) gave them");
 }
 
@@ -55,23 +54,21 @@ struct ChannelGroups {
 
 inline void check_grid(const at::Tensor& x, int64_t height, int64_t width, int64_t shift_pixel) {
   TORCH_CHECK(x.dim() == 3 && height >= 0 && width >= 0 && x.size(1) == height * width,
-              "q_shift: expected x of shape (B, height * width, C) with a grid of ", height, " x ", width, ", got ",
-              x.sizes());
+              "q_shift: expected x of shape (B, height * width, C) with a grid of ", height, " x ", width, ", got ", x.sizes());
   TORCH_CHECK(shift_pixel >= 0, "q_shift: expected shift_pixel >= 0, got ", shift_pixel);
 }
 
 }  // namespace vrwkv_ops
 
-#define VRWKV_DECLARE_OPS(device)                                                                             \
-  namespace vrwkv_##device {                                                                                  \
-  std::tuple<at::Tensor, at::Tensor, at::Tensor> bi_wkv_forward(const at::Tensor& w, const at::Tensor& u,     \
-                                                                const at::Tensor& k, const at::Tensor& v,     \
-                                                                bool causal, bool save);                      \
-  std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> bi_wkv_backward(                                 \
-      const at::Tensor& gy, const at::Tensor& w, const at::Tensor& u, const at::Tensor& k, const at::Tensor& v, \
-      const at::Tensor& y, const at::Tensor& y_residual, const at::Tensor& z, bool causal);                   \
-  at::Tensor q_shift(const at::Tensor& x, int64_t height, int64_t width, int64_t shift_pixel,                 \
-                     double channel_gamma, bool reverse);                                                     \
+#define VRWKV_DECLARE_OPS(device)                                                                                     \
+  namespace vrwkv_##device {                                                                                          \
+    std::tuple<at::Tensor, at::Tensor, at::Tensor> bi_wkv_forward(                                                    \
+        const at::Tensor& w, const at::Tensor& u, const at::Tensor& k, const at::Tensor& v, bool causal, bool save);  \
+    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> bi_wkv_backward(                                       \
+        const at::Tensor& gy, const at::Tensor& w, const at::Tensor& u, const at::Tensor& k, const at::Tensor& v,     \
+        const at::Tensor& y, const at::Tensor& y_residual, const at::Tensor& z, bool causal);                         \
+    at::Tensor q_shift(const at::Tensor& x, int64_t height, int64_t width, int64_t shift_pixel, double channel_gamma, \
+                       bool reverse);                                                                                 \
   }
 
 VRWKV_DECLARE_OPS(cpu)

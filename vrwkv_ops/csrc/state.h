@@ -129,9 +129,7 @@ VRWKV_FN float log_scaled(float mantissa, float exponent) {
   return multiply_add(n, 0.693359375f, f + p);
 }
 
-VRWKV_FN double log_scaled(double mantissa, double exponent) {
-  return multiply_add(exponent, kLn2, ::log(mantissa));
-}
+VRWKV_FN double log_scaled(double mantissa, double exponent) { return multiply_add(exponent, kLn2, ::log(mantissa)); }
 
 // A row of the table of e^(w n) for n = 0, 1, …: e^(w n) = power * 2^exponent and e^(-w n) = inverse * 2^-exponent.
 template <typename T>
@@ -322,8 +320,8 @@ struct TokenGrad {
 
   // `far` is far_t - 1, or 0 where w decays.
   VRWKV_FN void add_self(Scaled<T> key, Scaled<T> bonus, Scaled<T> shrink, T gy, T v, T y, T far) {
-    const T g = power_of_two(key.exponent + bonus.exponent + shrink.exponent) * key.mantissa * bonus.mantissa *
-                shrink.mantissa * gy;
+    const T g =
+        power_of_two(key.exponent + bonus.exponent + shrink.exponent) * key.mantissa * bonus.mantissa * shrink.mantissa * gy;
     const T part = g * (v - y);
     gv += g;
     gu += part;

@@ -405,8 +405,7 @@ VRWKV_FN void backward_outputs(const Backward<scalar_t>& p, int64_t b, int64_t c
     for (int j = 0; j < kWidth; ++j) {
       const Scaled<T> key = exp_scaled(k.x[j]);
       TokenGrad<T> grad;
-      grad.add_self(key, bonus.get(j), saved.shrink.get(j), saved.gy.x[j], v.x[j], saved.y.x[j],
-                    counting.origins.x[j] * far);
+      grad.add_self(key, bonus.get(j), saved.shrink.get(j), saved.gy.x[j], v.x[j], saved.y.x[j], counting.origins.x[j] * far);
       if constexpr (!causal) {
         auto s = state.get(j);
         grad.add(s, decay.get(j), key, v.x[j], counting.origins.x[j] * own);

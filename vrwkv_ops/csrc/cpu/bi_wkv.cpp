@@ -70,15 +70,16 @@ struct Cpu {
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> bi_wkv_forward(const at::Tensor& w, const at::Tensor& u,
-                                                              const at::Tensor& k, const at::Tensor& v, bool causal,
-                                                              bool save) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> bi_wkv_forward(const at::Tensor& w, const at::Tensor& u, const at::Tensor& k,
+                                                              const at::Tensor& v, bool causal, bool save) {
   return vrwkv_ops::forward<Cpu>(w, u, k, v, causal, save);
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> bi_wkv_backward(
-    const at::Tensor& gy, const at::Tensor& w, const at::Tensor& u, const at::Tensor& k, const at::Tensor& v,
-    const at::Tensor& y, const at::Tensor& y_residual, const at::Tensor& z, bool causal) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> bi_wkv_backward(const at::Tensor& gy, const at::Tensor& w,
+                                                                           const at::Tensor& u, const at::Tensor& k,
+                                                                           const at::Tensor& v, const at::Tensor& y,
+                                                                           const at::Tensor& y_residual, const at::Tensor& z,
+                                                                           bool causal) {
   return vrwkv_ops::backward<Cpu>(gy, w, u, k, v, y, y_residual, z, causal);
 }
 

@@ -1,11 +1,11 @@
 // Q-Shift on the CPU: every token is four copies from its neighbours and one of its own last channels.
-#include "../ops.h"
-
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
+
+#include "../ops.h"
 
 namespace vrwkv_cpu {
 namespace {

@@ -62,8 +62,7 @@ __global__ void __launch_bounds__(kThreads) decay_kernel(const Problem<scalar_t>
 template <typename Steps, typename P>
 __global__ void __launch_bounds__(kThreads) states_kernel(const P p) {
   if (channel() >= p.channels) return;
-  for (int64_t i = blockIdx.x; i < p.batch * p.chunks; i += gridDim.x)
-    Steps::states(p, i / p.chunks, i % p.chunks, channel());
+  for (int64_t i = blockIdx.x; i < p.batch * p.chunks; i += gridDim.x) Steps::states(p, i / p.chunks, i % p.chunks, channel());
 }
 
 template <typename Steps, typename P>
@@ -75,8 +74,7 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(const P p) {
 template <typename Steps, typename P>
 __global__ void __launch_bounds__(kThreads) outputs_kernel(const P p) {
   if (channel() >= p.channels) return;
-  for (int64_t i = blockIdx.x; i < p.batch * p.chunks; i += gridDim.x)
-    Steps::outputs(p, i / p.chunks, i % p.chunks, channel());
+  for (int64_t i = blockIdx.x; i < p.batch * p.chunks; i += gridDim.x) Steps::outputs(p, i / p.chunks, i % p.chunks, channel());
 }
 
 // Scans chunks on their own, joins their states, then writes the outputs of every chunk, all on the current stream.
@@ -115,16 +113,17 @@ struct Cuda {
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> bi_wkv_forward(const at::Tensor& w, const at::Tensor& u,
-                                                              const at::Tensor& k, const at::Tensor& v, bool causal,
-                                                              bool save) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> bi_wkv_forward(const at::Tensor& w, const at::Tensor& u, const at::Tensor& k,
+                                                              const at::Tensor& v, bool causal, bool save) {
   const c10::cuda::CUDAGuard guard(k.device());
   return vrwkv_ops::forward<Cuda>(w, u, k, v, causal, save);
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> bi_wkv_backward(
-    const at::Tensor& gy, const at::Tensor& w, const at::Tensor& u, const at::Tensor& k, const at::Tensor& v,
-    const at::Tensor& y, const at::Tensor& y_residual, const at::Tensor& z, bool causal) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> bi_wkv_backward(const at::Tensor& gy, const at::Tensor& w,
+                                                                           const at::Tensor& u, const at::Tensor& k,
+                                                                           const at::Tensor& v, const at::Tensor& y,
+                                                                           const at::Tensor& y_residual, const at::Tensor& z,
+                                                                           bool causal) {
   const c10::cuda::CUDAGuard guard(k.device());
   return vrwkv_ops::backward<Cuda>(gy, w, u, k, v, y, y_residual, z, causal);
 }
