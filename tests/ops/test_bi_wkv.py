@@ -132,8 +132,8 @@ def test_float32_accuracy(backend, causal, tokens, w_total, k_max):
     """The bar of the project: 1e-5 relative while |k| <= 30 and |w| T <= 30, gradients included."""
     shape = (16, 2) if tokens <= 1000 else (2, 1)
     w, u, k, v, gy = make_inputs(tokens, *shape, k_max=k_max, w_total=w_total, seed=tokens)
-    # Not the first tokens of a long causal run: their outputs nearly equal v, so that their share in
-    # gu, v - y, is all rounding, and of a few sampled tokens it would be the largest.
+    # Not the first tokens of a long causal run: their outputs nearly equal v, so that their share
+    # in gu, v - y, is all rounding, and of a few sampled tokens it would be the largest.
     rows = sampled_rows(tokens, ends=False)
     chosen = torch.zeros_like(gy)
     chosen[:, rows] = gy[:, rows]
@@ -199,6 +199,16 @@ def test_extremes_stay_finite_and_accurate(backend, causal, tokens, k_max, w_ste
     ):
         error = (got.double() - expected).norm().item()
         assert error <= min(1.0, 1e-5 * growth) * max(expected.norm().item(), scale), name
+
+
+@fast_backends
+@both_directions
+@pytest.mark.parametrize('w_step', [1e6, -1e6], ids=['decay', 'growth'])
+def test_finite_far_beyond_the_limits(backend, causal, w_step):
+    """Here exponents are wrong by hundreds, e^100 overflows, and weights must stay below 1."""
+    w, u, k, v, gy = make_inputs(3000, 4, 1, k_max=1e6)
+    results = run(backend, torch.full_like(w, w_step), u, k, v, gy, causal)
+    assert all(torch.isfinite(x).all() for x in results)
 
 
 @fast_backends
