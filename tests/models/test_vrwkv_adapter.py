@@ -324,6 +324,10 @@ def test_initial_values():
     assert changed == []
 
 
+def test_init_values_inject():
+    assert all((i.injector.gamma == 0.5).all() for i in small().interactions)
+
+
 def test_default_interactions_are_four_equal_runs():
     assert small(depth=8).interaction_indexes == ((0, 1), (2, 3), (4, 5), (6, 7))
 
