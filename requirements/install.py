@@ -25,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 REQUIREMENTS = ROOT / 'requirements'
 FLAVOURS = ('openmmlab', 'onedl')
-OPTIONAL_PACKAGES = (
+PACKAGES = (  # those of other tasks come when they are there
     'vrwkv',
     'classification/vrwkv_cls',
     'detection/vrwkv_det',
@@ -167,24 +167,31 @@ class Environment:
 
     def create(self):
         """Make the environment with uv in it, or make it anew if it is broken."""
-        key = digest([REQUIREMENTS / 'bootstrap.txt'], *self.identity)
-        if self.stamped('environment') == key and self.python.exists():
+        key = digest([], *self.identity)
+        if self.stamped('environment') != key or not self.python.exists():
+            check_disk(self.path)
+            self.clear()
+            say(f'Making {self.path} with Python {sys.version.split()[0]}')
+            self.state.mkdir(parents=True)
+            subprocess.run([sys.executable, '-m', 'venv', str(self.path)], check=True)
+            self.stamp('environment', key)
+        file = REQUIREMENTS / 'bootstrap.txt'
+        key = digest([file], *self.identity)
+        if self.stamped('uv') != key:
+            self.run('-m', 'pip', '-q', '--disable-pip-version-check', 'install', '-r', str(file))
+            self.stamp('uv', key)
+
+    def clear(self):
+        """Remove an environment that is incomplete or was made by another Python."""
+        if not self.path.exists() or not any(self.path.iterdir()):
             return
-        check_disk(self.path)
-        if self.path.exists() and any(self.path.iterdir()):
-            if not (self.path / 'pyvenv.cfg').exists() and not self.state.exists():
-                raise InstallError(
-                    f'{self.path} exists and is not a virtual environment: move it away, or '
-                    'choose another folder: make demo VENV=/path/to/venv'
-                )
-            say(f'{self.path} is incomplete or was made otherwise: making it anew')
-            shutil.rmtree(self.path)
-        say(f'Making {self.path} with Python {sys.version.split()[0]}')
-        self.state.mkdir(parents=True)
-        subprocess.run([sys.executable, '-m', 'venv', str(self.path)], check=True)
-        requirements = str(REQUIREMENTS / 'bootstrap.txt')
-        self.run('-m', 'pip', '-q', '--disable-pip-version-check', 'install', '-r', requirements)
-        self.stamp('environment', key)
+        if not (self.path / 'pyvenv.cfg').exists() and not self.state.exists():
+            raise InstallError(
+                f'{self.path} exists and is not a virtual environment: move it away, or '
+                'choose another folder: make demo VENV=/path/to/venv'
+            )
+        say(f'{self.path} is incomplete or was made otherwise: making it anew')
+        shutil.rmtree(self.path)
 
     def run(self, *arguments, check=True, **options):
         """Run this environment's Python."""
@@ -220,7 +227,7 @@ class Environment:
                     break
         if damaged:
             for stamp in self.state.iterdir():
-                if stamp.name != 'environment' and stamp != self.changing:
+                if stamp.name not in ('environment', 'uv', self.changing.name):
                     stamp.unlink()
         if names := [name for name in damaged if name]:
             say(f'Incomplete, to be installed again: {", ".join(names)}')
@@ -393,7 +400,7 @@ def install_vrwkv_ops(environment):
 
 def install_project(environment):
     """Install this checkout's own packages in editable mode."""
-    present = [name for name in OPTIONAL_PACKAGES if (ROOT / name / '__init__.py').exists()]
+    present = [name for name in PACKAGES if (ROOT / name / '__init__.py').exists()]
     key = digest([ROOT / 'pyproject.toml'], *environment.identity, *present)
     if environment.stamped('project') == key:
         return
@@ -403,9 +410,11 @@ def install_project(environment):
         *('--no-build-isolation', '--no-deps', '--reinstall-package', 'vision-rwkv', '-q'),
         *('-e', str(ROOT)),
     )
-    names = ', '.join(Path(name).name for name in present if name.startswith(('vrwkv', 'class')))
-    if reason := environment.imports(f'import {names}'):
-        raise InstallError(f'This checkout was installed but `import {names}` fails: {reason}')
+    for name in present:
+        package = Path(name).name
+        code = f"import importlib.util as i, sys; i.find_spec('{package}') or sys.exit('not found')"
+        if reason := environment.imports(code):
+            raise InstallError(f'This checkout was installed but {package} is {reason}')
     environment.stamp('project', key)
 
 

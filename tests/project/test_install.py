@@ -146,6 +146,27 @@ def test_a_folder_that_is_no_environment_is_left_alone(installer, tmp_path):
     assert precious.exists()
 
 
+def test_a_new_environment_has_pip_install_uv_and_is_made_once(installer, monkeypatch, tmp_path):
+    runs = []
+    environment = installer.Environment(tmp_path / 'venv', 'openmmlab')
+
+    def run(command, **options):
+        runs.append(command[2])
+        environment.python.parent.mkdir(exist_ok=True)
+        environment.python.touch()
+
+    monkeypatch.setattr(installer, 'check_disk', lambda folder: None)
+    monkeypatch.setattr(installer.subprocess, 'run', run)
+    for _ in range(2):
+        environment.create()
+        assert runs == ['venv', 'pip']
+    assert not environment.changing.exists()
+
+    environment.python.unlink()
+    environment.create()
+    assert runs == ['venv', 'pip'] * 2
+
+
 def test_a_full_disk_is_told_before_anything_is_written(installer, monkeypatch, tmp_path):
     usage = type(shutil.disk_usage(tmp_path))(2**40, 2**40, 2**30)
     monkeypatch.setattr(shutil, 'disk_usage', lambda path: usage)
