@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Evaluate a model of any task: ``tools/test.py CONFIG CHECKPOINT [--out FILE] [--show-dir DIR] ...``."""
+"""Evaluate a model of any task: ``tools/test.py CONFIG CHECKPOINT [--out FILE] [--tta] ...``."""
 
 from vrwkv.engine.cli import test
 

@@ -1,11 +1,13 @@
 """Reading checkpoints safely, and saying clearly what is wrong with one that cannot be read.
 
-PyTorch unpickles with ``weights_only=True`` here, always: a checkpoint from elsewhere cannot run code.
-What mmengine's own checkpoints hold beside tensors is allowed by name below, and nothing more.
+PyTorch unpickles with ``weights_only=True`` here, always: a checkpoint from elsewhere cannot run
+code. What mmengine's own checkpoints hold beside tensors is allowed by name below, and nothing
+more.
 """
 
 import os
 import pickle
+import re
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -51,8 +53,8 @@ def _renamed(function: Callable, full_name: str) -> Callable:
 def allow_mmengine_globals() -> None:
     """Let ``torch.load(weights_only=True)`` read what mmengine saves beside the weights.
 
-    That is log histories (``HistoryBuffer``) and numpy arrays and numbers, written under numpy 1.x or
-    2.x (which differ in module names), whichever is installed here.
+    That is log histories (``HistoryBuffer``) and numpy arrays and numbers, written under numpy 1.x
+    or 2.x (which differ in module names), whichever is installed here.
     """
     scalar_types = 'bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64'
     torch.serialization.add_safe_globals([
@@ -83,7 +85,8 @@ def read_checkpoint(
         name (str, optional): What messages call the file. Defaults to its path.
 
     Returns:
-        dict: The checkpoint, with its weights under ``'state_dict'``. They may be stored under any of
+        dict: The checkpoint, with its weights under ``'state_dict'``. They may be stored under any
+            of
         :data:`WEIGHT_KEYS` or flat.
 
     Raises:
@@ -96,7 +99,7 @@ def read_checkpoint(
         name = name or str(file)
         if file.is_dir():
             raise CheckpointError(
-                f"Checkpoint '{name}' is a directory. Give the path of a file in it, such as a .pth."
+                f"Checkpoint '{name}' is a directory: give the path of a file in it."
             )
         if not file.is_file():
             raise FileNotFoundError(
@@ -108,7 +111,9 @@ def read_checkpoint(
     else:
         try:
             checkpoint = torch.load(file, map_location=map_location, weights_only=True)
-        except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, KeyError) as error:
+        except (OSError, MemoryError, torch.cuda.OutOfMemoryError):
+            raise
+        except Exception as error:  # unpickling garbage may raise anything
             raise CheckpointError(_explain(file, name, error)) from error
     return _with_state_dict(checkpoint, name)
 
@@ -132,13 +137,17 @@ def _read_safetensors(file: Path, map_location: Any, name: str) -> dict:
 
 def _explain(file: Path | IO[bytes], name: str, error: Exception) -> str:
     """Say why ``torch.load`` failed on ``file`` and what to do."""
-    if 'Unsupported global: GLOBAL' in str(error) or 'Unsupported class' in str(error):
-        refused = str(error).split('GLOBAL ')[-1].split(' was not')[0].split('\n')[0]
+    # PyTorch's text begins and ends with advice to give up safety.
+    advice = re.compile('Weights only load|Check the documentation')
+    reason = ' '.join(part for part in str(error).split('\n\n') if not advice.match(part)).strip()
+    refused = re.search(r'GLOBAL ([\w.]+(\(.*\))?)|[Uu]nsupported (class|type) .*', reason)
+    if refused:
         return (
-            f"Checkpoint '{name}' holds a Python object that cannot be loaded safely: {refused}. Only "
-            'tensors, plain containers and what mmengine itself saves are accepted. If you trust the file, '
-            'load it once inside `torch.serialization.safe_globals([...])` with that class, and save its '
-            "weights alone: torch.save({'state_dict': weights}, new_path)."
+            f"Checkpoint '{name}' holds a Python object that cannot be loaded safely: "
+            f'{refused[1] or refused[0]}. Only tensors, plain containers and what mmengine itself '
+            'saves are accepted. If you trust the file, load it once inside '
+            '`torch.serialization.safe_globals([...])` with that class, and save its weights '
+            "alone: torch.save({'state_dict': weights}, new_path)."
         )
     if isinstance(file, Path):
         size = file.stat().st_size
@@ -158,10 +167,12 @@ def _explain(file: Path | IO[bytes], name: str, error: Exception) -> str:
             )
         with zipfile.ZipFile(file) as archive:
             if any(member.endswith('/data.pkl') for member in archive.namelist()):
-                return f'{what} is damaged: {error}. Write or download it again.'
+                if archive.testzip() is None:
+                    return f'{what} cannot be loaded: {reason}'
+                return f'{what} is damaged (wrong checksum). Write or download it again.'
         return f'{what} is not a PyTorch checkpoint: it is a zip archive of something else.'
     if head.startswith(b'\x80'):  # a pickle: how PyTorch < 1.6 wrote its files
-        return f'{what} is truncated, or a pickle that PyTorch did not write: {error}'
+        return f'{what} is truncated, or a pickle that PyTorch did not write: {reason}'
     return f'{what} is not a PyTorch checkpoint: it begins with {head!r}.'
 
 
@@ -172,20 +183,18 @@ def _with_state_dict(checkpoint: Any, name: str) -> dict:
             f"Checkpoint '{name}' holds a {type(checkpoint).__name__}, not a dict of weights. Save "
             'model.state_dict() instead.'
         )
-    if _is_weights(checkpoint):
-        return {'state_dict': checkpoint}
     for key in WEIGHT_KEYS:
         if _is_weights(checkpoint.get(key)):
             if key == 'state_dict':
                 return checkpoint
             print_log(f"Takes the weights under '{key}' of checkpoint {name}.", logger='current')
-            return {
-                'state_dict': checkpoint[key],
-                **{k: v for k, v in checkpoint.items() if k not in (key, 'state_dict')},
-            }
+            rest = {k: v for k, v in checkpoint.items() if k not in (key, 'state_dict')}
+            return {'state_dict': checkpoint[key], **rest}
+    if _is_weights(checkpoint):
+        return {'state_dict': checkpoint}
     raise CheckpointError(
-        f"Checkpoint '{name}' holds no weights: expected a dict of named tensors, flat or under one of "
-        f'{list(WEIGHT_KEYS)}, but its keys are {[str(key) for key in checkpoint][:10]}.'
+        f"Checkpoint '{name}' holds no weights: expected a dict of named tensors, flat or under "
+        f'one of {list(WEIGHT_KEYS)}, but its keys are {[str(key) for key in checkpoint][:10]}.'
     )
 
 

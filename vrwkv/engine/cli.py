@@ -39,7 +39,7 @@ def train(argv: list[str] | None = None) -> None:
         nargs='?',
         const='auto',
         metavar='CHECKPOINT',
-        help='resume from this checkpoint or, without a value, from the last whole one in the work dir',
+        help='resume from this checkpoint; without a value, from the last whole one in --work-dir',
     )
     parser.add_argument(
         '--amp',
@@ -64,8 +64,8 @@ def train(argv: list[str] | None = None) -> None:
     if args.auto_scale_lr:
         if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
             raise ValueError(
-                f'--auto-scale-lr needs auto_scale_lr=dict(base_batch_size=...) in {args.config}: the batch '
-                'size over all GPUs that its learning rate was made for.'
+                f'--auto-scale-lr needs auto_scale_lr=dict(base_batch_size=...) in {args.config}: '
+                'the batch size over all GPUs that its learning rate was made for.'
             )
         cfg.auto_scale_lr.enable = True
     _set_precision(cfg, args.amp)
@@ -84,8 +84,8 @@ def test(argv: list[str] | None = None) -> None:
     parser.add_argument('--work-dir', help='folder of logs (default: work_dirs/<config>)')
     parser.add_argument(
         '--out',
-        help='file for predictions (.pkl) or metrics (.json, .yaml, .pkl); for mmseg also a folder for '
-        'predicted label maps',
+        help='file for predictions (.pkl) or metrics (.json, .yaml, .pkl); for mmseg also a folder '
+        'for label maps',
     )
     parser.add_argument(
         '--out-item',
@@ -128,8 +128,8 @@ def test(argv: list[str] | None = None) -> None:
 def make_resumable(cfg: Config) -> None:
     """Have a training write whole checkpoints and draw its random numbers by epoch.
 
-    Puts :class:`~vrwkv.engine.AtomicCheckpointHook` in the place of a plain ``CheckpointHook`` and adds
-    :class:`~vrwkv.engine.EpochSeedHook`.
+    Puts :class:`~vrwkv.engine.AtomicCheckpointHook` in the place of a plain ``CheckpointHook`` and
+    adds :class:`~vrwkv.engine.EpochSeedHook`.
 
     Args:
         cfg (Config): The config, changed in place.
@@ -151,7 +151,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
         nargs='+',
         action=DictAction,
         metavar='KEY=VALUE',
-        help='change settings of the config: a.b=1, a.0.b=x for a list, "a=[1,2]", "a=[(1,2),(3,4)]"',
+        help='change settings of the config: a.b=1, a.0.b=1 (lists), "a=[1,2]", "a=[(1,2),(3,4)]"',
     )
     parser.add_argument(
         '--launcher',
@@ -209,8 +209,8 @@ def _set_precision(cfg: Config, amp: bool) -> None:
     kind = _type_name(wrapper) or 'OptimWrapper'
     if amp and kind not in ('OptimWrapper', 'AmpOptimWrapper', 'CPUAmpOptimWrapper'):
         raise ValueError(
-            f"--amp takes the place of optim_wrapper type 'OptimWrapper', but the config has '{kind}'. "
-            'Choose mixed precision in the config instead.'
+            f"--amp takes the place of optim_wrapper type 'OptimWrapper', but the config has "
+            f"'{kind}'. Choose mixed precision in the config instead."
         )
     if not amp and kind != 'AmpOptimWrapper':
         return
@@ -233,9 +233,11 @@ def _draw_predictions(cfg: Config, args: argparse.Namespace) -> None:
     hook = cfg.get('default_hooks', {}).get('visualization')
     if hook is None or _type_name(hook) not in _VISUALIZATION:
         raise ValueError(
-            '--show and --show-dir need default_hooks.visualization in the config, with a type out of '
-            f'{list(_VISUALIZATION)}, but it is {hook}.'
+            '--show and --show-dir need default_hooks.visualization in the config, with a type '
+            f'out of {list(_VISUALIZATION)}, but it is {hook}.'
         )
+    if args.tta and _type_name(hook) == 'VisualizationHook':
+        raise ValueError('mmpretrain cannot draw the merged predictions of --tta: draw without it.')
     switch, folder = _VISUALIZATION[_type_name(hook)]
     hook[switch] = True
     if args.interval is not None:

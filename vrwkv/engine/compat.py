@@ -1,16 +1,17 @@
 """What the OpenMMLab packages and their onedl forks need to work here; active on import.
 
-* Checkpoints. mmengine 0.10 calls ``torch.load`` with its default ``weights_only``: from PyTorch 2.6
-  on that refuses mmengine's own checkpoints, before it runs whatever code a file holds. onedl-mmengine
-  retries a refused file with ``weights_only=False``, and both download with ``weights_only=False``. So
-  the loaders below take the places of mmengine's: they read safely under every PyTorch version, and
-  explain a bad file. Everything that loads through mmengine gets them: ``load_from``, ``resume``,
-  ``init_cfg=dict(type='Pretrained', ...)`` and the libraries' inferencers. (``pavi://`` keeps mmengine's
-  own, since its client is not public.)
-* ``_base_ = 'mmseg::...'``. mmengine looks for a distribution called ``mmsegmentation``, which under
-  onedl is called ``onedl-mmsegmentation``. The import name finds either.
+* Checkpoints. mmengine 0.10 calls ``torch.load`` with its default ``weights_only``: from PyTorch
+  2.6 on that refuses mmengine's own checkpoints, before it runs whatever code a file holds.
+  onedl-mmengine retries a refused file with ``weights_only=False``, and both download with
+  ``weights_only=False``. So the loaders below take the places of mmengine's: they read safely under
+  every PyTorch version, and explain a bad file. Everything that loads through mmengine gets them:
+  ``load_from``, ``resume``, ``init_cfg=dict(type='Pretrained', ...)`` and the libraries'
+  inferencers. (``pavi://`` keeps mmengine's own, since its client is not public.)
+* ``_base_ = 'mmseg::...'``. mmengine looks for a distribution called ``mmsegmentation``, which
+  under onedl is called ``onedl-mmsegmentation``. The import name finds either.
 
-A script that calls ``mmengine.Config.fromfile`` itself imports ``vrwkv_cls`` (or ``vrwkv.engine``) first.
+A script that calls ``mmengine.Config.fromfile`` itself imports ``vrwkv_cls`` (or ``vrwkv.engine``)
+first.
 """
 
 import io
@@ -54,8 +55,9 @@ def load_url(
 ) -> dict:
     """Download a checkpoint, unless PyTorch's cache holds it, and read it safely.
 
-    Takes the place of ``torch.hub.load_state_dict_from_url`` in mmengine, with the same arguments, so
-    that ``http(s)://``, ``torchvision://``, ``open-mmlab://`` and ``mmcls://`` all come this way.
+    Takes the place of ``torch.hub.load_state_dict_from_url`` in mmengine, with the same arguments,
+    so that ``http(s)://``, ``torchvision://``, ``open-mmlab://`` and ``mmcls://`` all come this
+    way.
 
     Raises:
         CheckpointError: If the download fails or its SHA-256 is not the one in its name.
@@ -69,8 +71,8 @@ def load_url(
             torch.hub.download_url_to_file(url, str(path), digest and digest[1], progress)
         except (OSError, RuntimeError, ValueError) as error:
             raise CheckpointError(
-                f'Cannot download checkpoint {url}: {error}. Download it by other means and give its path '
-                f'instead, or save it as {path}.'
+                f'Cannot download checkpoint {url}: {error}. Download it by other means and give '
+                f'its path instead, or save it as {path}.'
             ) from error
     return read_checkpoint(path, map_location)
 

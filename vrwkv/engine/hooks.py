@@ -19,8 +19,8 @@ from mmengine.registry import HOOKS
 class AtomicLocalBackend(LocalBackend):
     """Local files that are there whole or not at all, whenever the process or machine dies.
 
-    A file is written as ``<name>.tmp``, flushed to disk and renamed. The temporary name is always the
-    same, so that what a killed process left behind is written over rather than piling up.
+    A file is written as ``<name>.tmp``, flushed to disk and renamed. The temporary name is always
+    the same, so that what a killed process left behind is written over rather than piling up.
     """
 
     def put(self, obj: bytes, filepath: str | os.PathLike) -> None:
@@ -59,10 +59,13 @@ class _DeferredRemoval:
 class AtomicCheckpointHook(CheckpointHook):
     """mmengine's ``CheckpointHook``, such that a whole checkpoint is there at every moment.
 
-    mmengine writes checkpoints in place, and removes the outdated one (``max_keep_ckpts``, ``save_best``)
-    before it writes the new one: a process killed in between leaves none. Here a checkpoint is written
-    under a temporary name and renamed, then ``last_checkpoint`` likewise, and only then is the outdated
-    one removed. ``tools/train.py`` puts this hook in the place of a plain ``CheckpointHook``.
+    mmengine writes checkpoints in place, and removes the outdated one (``max_keep_ckpts``,
+    ``save_best``) before it writes the new one: a process killed in between leaves none. Here a
+    checkpoint is
+        written
+    under a temporary name and renamed, then ``last_checkpoint`` likewise, and only then is the
+    outdated one removed. ``tools/train.py`` puts this hook in the place of a plain
+    ``CheckpointHook``.
 
     Args:
         *args, **kwargs: As for :class:`mmengine.hooks.CheckpointHook`. With ``backend_args`` or
@@ -129,14 +132,16 @@ class AtomicCheckpointHook(CheckpointHook):
 class EpochSeedHook(Hook):
     """Derive all random state of an epoch from the seed, the epoch and the rank.
 
-    Then an epoch does not depend on what ran before it, and a training resumed at its start goes on as
-    the unbroken one would. Python's, numpy's and PyTorch's generators (the GPU's too) are seeded, and so
-    are the workers of the training data loader: mmengine seeds those alike in each epoch, and persistent
-    ones carry their state over, so they are started anew here. A ``worker_init_fn`` of the config's own
-    is left alone. ``tools/train.py`` adds this hook to every config.
+    Then an epoch does not depend on what ran before it, and a training resumed at its start goes on
+    as the unbroken one would. Python's, numpy's and PyTorch's generators (the GPU's too) are
+    seeded, and so are the workers of the training data loader: mmengine seeds those alike in each
+    epoch, and
+        persistent
+    ones carry their state over, so they are started anew here. A ``worker_init_fn`` of the config's
+    own is left alone. ``tools/train.py`` adds this hook to every config.
 
-    An iteration-based training has one epoch: it draws the same numbers from its start, but does not
-    resume bit for bit.
+    An iteration-based training has one epoch: it draws the same numbers from its start, but does
+    not resume bit for bit.
     """
 
     priority = 'HIGHEST'
@@ -161,5 +166,5 @@ class EpochSeedHook(Hook):
 
 
 def _derive_seed(*numbers: int) -> int:
-    """Mix non-negative numbers into a seed of 31 bits (numpy takes 32, and worker ids are added)."""
+    """Mix non-negative numbers into 31 bits: numpy takes 32, and worker numbers are added."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0]) >> 1

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 class CPUAmpOptimWrapper(OptimWrapper):
     """Mixed-precision training under ``torch.autocast('cpu', torch.bfloat16)``.
 
-    mmengine's ``AmpOptimWrapper`` refuses a machine without an accelerator. bfloat16 has float32's range,
-    so the loss is not scaled. ``tools/train.py --amp`` picks this class where there is no GPU.
+    mmengine's ``AmpOptimWrapper`` refuses a machine without an accelerator. bfloat16 has float32's
+    range, so the loss is not scaled. ``tools/train.py --amp`` picks this class where there is no
+    GPU.
 
     Args:
         **kwargs: As for :class:`mmengine.optim.OptimWrapper`.
@@ -62,6 +63,6 @@ def _explain_bfloat16() -> Iterator[None]:
             raise
         raise RuntimeError(
             f'An operator cannot run in mixed precision on a CPU: {error}\n'
-            'Train without --amp (and without a mixed-precision optim_wrapper), or keep the module that '
-            "calls it in float32: with torch.autocast('cpu', enabled=False), on inputs made .float()."
+            'Train without --amp (and without a mixed-precision optim_wrapper), or keep the module '
+            "that calls it in float32: with torch.autocast('cpu', enabled=False), on float inputs."
         ) from error

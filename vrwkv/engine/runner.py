@@ -20,13 +20,13 @@ _CHECKPOINT_NAME = re.compile(r'(?!best_).*_(\d+)\.pth')
 
 @RUNNERS.register_module()
 class VRWKVRunner(Runner):
-    """mmengine's :class:`Runner` with two differences, used by ``tools/train.py`` and ``tools/test.py``.
+    """mmengine's :class:`Runner` with two differences, used by the tools.
 
     * Without a GPU a distributed run uses gloo and plain CPU modules. mmengine calls
       ``torch.cuda.set_device`` and gives DDP a GPU index whatever the machine.
-    * ``resume=True`` without ``load_from``, and ``resume='auto'`` (which keeps ``load_from`` for the case
-      that there is nothing to resume), go on from the newest checkpoint in ``work_dir`` that is whole,
-      with the seed recorded in it unless the config sets one.
+    * ``resume=True`` without ``load_from``, and ``resume='auto'`` (which keeps ``load_from`` for
+      the case that there is nothing to resume), go on from the newest checkpoint in ``work_dir``
+      that is whole, with the seed recorded in it unless the config sets one.
     """
 
     def setup_env(self, env_cfg: dict) -> None:
@@ -47,14 +47,16 @@ class VRWKVRunner(Runner):
 
         Args:
             seed (int, optional): The seed.
-            *args, **kwargs: As for :class:`mmengine.runner.Runner`.
+            *args: As for :class:`mmengine.runner.Runner`.
+            **kwargs: As for :class:`mmengine.runner.Runner`.
         """
         if seed is None:
             seed = self._recorded_seed()
         super().set_randomness(seed, *args, **kwargs)
 
     def _recorded_seed(self) -> int | None:
-        # Samplers are built before mmengine resumes, so its own restoring of the seed is too late for them.
+        # Samplers are built before mmengine resumes, so its own restoring of the seed is
+        # too late for them.
         resume, load_from = self.cfg.get('resume'), self.cfg.get('load_from')
         if not resume:
             return None
@@ -77,10 +79,12 @@ class VRWKVRunner(Runner):
             nn.Module: The model, wrapped where the run is distributed.
         """
         if self.distributed and get_device() == 'cpu':
-            if any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
+            layers = [type(module) for module in model.modules()]
+            if self.cfg.get('sync_bn') or nn.SyncBatchNorm in layers:
                 self.logger.warning(
                     'SyncBatchNorm does not run on a CPU: each process normalises by its own batch.'
                 )
+                self.cfg.sync_bn = None
                 model = revert_sync_batchnorm(model)
             if model_wrapper_cfg is None:  # mmengine's defaults
                 model_wrapper_cfg = dict(
@@ -115,7 +119,8 @@ class VRWKVRunner(Runner):
             'from scratch' if self._load_from is None else f'from the weights in {self._load_from}'
         )
         self.logger.warning(
-            f'There is no whole checkpoint to resume from in {self.work_dir}: training starts {start}.'
+            f'There is no whole checkpoint to resume from in {self.work_dir}: '
+            f'training starts {start}.'
         )
         self._resume = False
         super().load_or_resume()
@@ -125,7 +130,8 @@ class VRWKVRunner(Runner):
 
         Args:
             filename (str): Its path or URL.
-            *args, **kwargs: As for :class:`mmengine.runner.Runner`.
+            *args: As for :class:`mmengine.runner.Runner`.
+            **kwargs: As for :class:`mmengine.runner.Runner`.
 
         Raises:
             CheckpointError: If it cannot be read or holds weights only.
@@ -136,13 +142,14 @@ class VRWKVRunner(Runner):
             if error.args[0] not in ('meta', 'epoch', 'iter', 'message_hub'):
                 raise
             raise CheckpointError(
-                f"Checkpoint '{filename}' holds weights but no state of a training to resume (no {error}). "
-                'To start a training from these weights, use --cfg-options load_from=... without --resume.'
+                f"Checkpoint '{filename}' holds weights but no state of a training to resume "
+                f'(no {error}). To start a training from these weights, use --cfg-options '
+                'load_from=... without --resume.'
             ) from error
 
 
 def find_checkpoints(work_dir: str | Path) -> list[Path]:
-    """List the checkpoints that a training in ``work_dir`` may resume from, the best candidate first.
+    """List the checkpoints that a training may resume from, the best candidate first.
 
     Args:
         work_dir (str | Path): The folder of the training, with its ``last_checkpoint``.

@@ -1,0 +1,281 @@
+"""Checkpoints load safely, wherever mmengine loads them; what cannot be loaded is explained."""
+
+import hashlib
+import http.server
+import io
+import os
+import pickle
+import shutil
+import threading
+import zipfile
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.logging import HistoryBuffer
+from mmengine.model import BaseModule
+from mmengine.runner import CheckpointLoader
+from PIL import Image
+
+from vrwkv.engine import CheckpointError, read_checkpoint
+
+WEIGHTS = {'head.weight': torch.arange(6.0).reshape(2, 3)}
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """Path of a small checkpoint such as mmengine writes."""
+    history = HistoryBuffer([1.5, 2.5], [1, 1])
+    content = dict(
+        state_dict=WEIGHTS,
+        meta=dict(epoch=3, best=np.float64(0.5), count=np.int64(2), flags=np.array([True, False])),
+        message_hub=dict(log_scalars={'loss': history}),
+    )
+    path = tmp_path / 'good.pth'
+    torch.save(content, path)
+    return path
+
+
+def load(path, **kwargs):
+    """Load as all of OpenMMLab does."""
+    return CheckpointLoader.load_checkpoint(str(path), map_location='cpu', **kwargs)
+
+
+def test_what_mmengine_saves(checkpoint):
+    loaded = load(checkpoint)
+    torch.testing.assert_close(loaded['state_dict'], WEIGHTS, rtol=0, atol=0)
+    history = loaded['message_hub']['log_scalars']['loss']
+    assert history.mean() == 2
+    assert history.statistics('max') == 2.5
+    assert loaded['meta']['best'] == 0.5
+    assert loaded['meta']['count'] == 2
+    assert loaded['meta']['flags'].tolist() == [True, False]
+
+
+@pytest.mark.parametrize('other', [('numpy.core', 'numpy._core'), ('numpy._core', 'numpy.core')])
+def test_files_of_numpy_1_and_2(checkpoint, other, tmp_path):
+    """Rename numpy's module in the pickle as the other major release of numpy has it."""
+    old, new = (f'c{name}.multiarray'.encode() for name in other)
+    path = tmp_path / 'renamed.pth'
+    with zipfile.ZipFile(checkpoint) as source, zipfile.ZipFile(path, 'w') as target:
+        for item in source.infolist():
+            data = source.read(item)
+            target.writestr(item.filename, data.replace(old, new))
+    loaded = load(path)
+    assert loaded['meta']['best'] == 0.5
+    assert loaded['message_hub']['log_scalars']['loss'].current() == 2.5
+
+
+class Boobytrap:
+    """Runs code when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+class Getattr:
+    """Asks for an attribute through ``getattr``, which HistoryBuffer needs."""
+
+    def __reduce__(self):
+        return getattr, (HistoryBuffer, '__init__')
+
+
+@pytest.mark.parametrize('old_format', [False, True])
+def test_a_pickle_cannot_run_code(old_format, tmp_path):
+    path = tmp_path / 'trap.pth'
+    trap = tmp_path / 'executed'
+    content = dict(state_dict=WEIGHTS, meta=Boobytrap(trap))
+    torch.save(content, path, _use_new_zipfile_serialization=not old_format)
+    with pytest.raises(
+        CheckpointError,
+        match=r"trap\.pth' holds a Python object .*: (posix|nt)\.mkdir\. .*safe_globals",
+    ):
+        load(path)
+    assert not trap.exists()
+    torch.save(dict(state_dict=WEIGHTS, meta=Getattr()), path)
+    with pytest.raises(CheckpointError, match='__init__'):
+        load(path)
+
+
+def not_a_checkpoint(kind, path, good):
+    """Write a bad file to ``path``."""
+    data = good.read_bytes()
+    if kind == 'text':
+        path.write_text('<html><title>404: Not Found</title></html>')
+    elif kind == 'image':
+        Image.new('RGB', (8, 8)).save(path, format='PNG')
+    elif kind == 'other zip':
+        with zipfile.ZipFile(path, 'w') as archive:
+            archive.writestr('readme.txt', 'hello')
+    elif kind == 'empty':
+        path.write_bytes(b'')
+    elif kind == 'half':
+        path.write_bytes(data[: len(data) // 2])
+    elif kind == 'all but the end':
+        path.write_bytes(data[:-1])
+    elif kind == 'half of the old format':
+        stream = io.BytesIO()
+        torch.save(
+            dict(state_dict={'w': torch.ones(999)}), stream, _use_new_zipfile_serialization=False
+        )
+        path.write_bytes(stream.getvalue()[:2000])
+    elif kind == 'flipped bits':
+        path.write_bytes(data.replace(b'state_dict', b'st\xffte_dict', 1))
+    elif kind == 'other pickle':
+        path.write_bytes(pickle.dumps([1, 2, 3]))
+    elif kind == 'tensor':
+        torch.save(torch.ones(3), path)
+    elif kind == 'no weights':
+        torch.save(dict(epoch=1, model=dict(depth=3)), path)
+    elif kind == 'folder':
+        path.mkdir()
+
+
+@pytest.mark.parametrize(
+    ('kind', 'message'),
+    {
+        'text': r'is not a PyTorch checkpoint: it begins with b.<html>',
+        'image': r'is not a PyTorch checkpoint: it begins with .*PNG',
+        'other zip': 'it is a zip archive of something else',
+        'empty': r'\(0 bytes\) is empty',
+        'half': 'is truncated',
+        'all but the end': 'is truncated',
+        'half of the old format': 'is truncated',
+        'flipped bits': 'is damaged',
+        'other pickle': 'is truncated, or a pickle that PyTorch did not write',
+        'tensor': 'holds a Tensor, not a dict of weights',
+        'no weights': r"holds no weights: .*'state_dict', .* its keys are \['epoch', 'model'\]",
+        'folder': 'is a directory',
+    }.items(),
+)
+def test_bad_file_is_named_and_explained(kind, message, checkpoint, tmp_path):
+    path = tmp_path / 'bad.pth'
+    not_a_checkpoint(kind, path, checkpoint)
+    with pytest.raises(CheckpointError, match=rf"(?s)bad\.pth' .*{message}"):
+        load(path)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.pth' does not exist"):
+        load(tmp_path / 'none.pth')
+
+
+@pytest.mark.parametrize('key', ['state_dict', 'model', 'module', 'model_ema', None])
+def test_where_weights_may_be(key, tmp_path):
+    path = tmp_path / 'weights.pth'
+    torch.save({key: WEIGHTS, 'epoch': 3} if key else WEIGHTS, path)
+    loaded = load(path)
+    torch.testing.assert_close(loaded['state_dict'], WEIGHTS, rtol=0, atol=0)
+    assert not key or loaded['epoch'] == 3
+
+
+def test_weights_before_their_average(tmp_path):
+    path = tmp_path / 'both.pth'
+    torch.save(
+        dict(model_ema={'w': torch.zeros(1)}, model={'w': torch.ones(1)}, state_dict=None), path
+    )
+    assert load(path)['state_dict'] == {'w': torch.ones(1)}
+    assert load(path)['model_ema'] == {'w': torch.zeros(1)}
+
+
+def test_safetensors(tmp_path):
+    from safetensors.torch import save_file
+
+    path = tmp_path / 'weights.safetensors'
+    save_file(WEIGHTS, path)
+    torch.testing.assert_close(load(path)['state_dict'], WEIGHTS, rtol=0, atol=0)
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(CheckpointError, match=r"weights\.safetensors' is truncated"):
+        load(path)
+
+
+def test_streams(checkpoint, tmp_path):
+    data = checkpoint.read_bytes()
+    torch.testing.assert_close(
+        read_checkpoint(io.BytesIO(data))['state_dict'], WEIGHTS, rtol=0, atol=0
+    )
+    with pytest.raises(CheckpointError, match=r"'s3://bucket/a\.pth' \(.*\) is truncated"):
+        read_checkpoint(io.BytesIO(data[:-1]), name='s3://bucket/a.pth')
+
+
+def test_init_cfg_and_load_from_use_it(checkpoint, tmp_path):
+    class Module(BaseModule):
+        def __init__(self, init_cfg):
+            super().__init__(init_cfg)
+            self.weight = torch.nn.Parameter(torch.zeros(2, 3))
+
+    pretrained = partial(dict, type='Pretrained', prefix='head.')
+    module = Module(pretrained(checkpoint=str(checkpoint)))
+    module.init_weights()
+    torch.testing.assert_close(module.weight.data, WEIGHTS['head.weight'], rtol=0, atol=0)
+    (tmp_path / 'bad.pth').write_text('text')
+    with pytest.raises(CheckpointError, match='is not a PyTorch checkpoint'):
+        Module(pretrained(checkpoint=str(tmp_path / 'bad.pth'))).init_weights()
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """Serve a folder over HTTP on this machine; PyTorch's cache is empty."""
+    monkeypatch.setenv('no_proxy', '127.0.0.1')
+    monkeypatch.setattr(torch.hub, '_hub_dir', str(tmp_path / 'cache'))
+    folder = tmp_path / 'served'
+    folder.mkdir()
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(
+        ('127.0.0.1', 0), partial(Handler, directory=str(folder))
+    )
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield folder, f'http://127.0.0.1:{server.server_port}'
+    server.shutdown()
+    server.server_close()
+
+
+def test_download(server, checkpoint, tmp_path):
+    folder, url = server
+    digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest()[:8]
+    names = [f'right-{digest}.pth', 'plain.pth', 'date-20240131.pth']
+    for name in names:
+        shutil.copy(checkpoint, folder / name)
+        torch.testing.assert_close(load(f'{url}/{name}')['state_dict'], WEIGHTS, rtol=0, atol=0)
+        (folder / name).unlink()
+        load(f'{url}/{name}')  # from the cache
+    assert sorted(path.name for path in tmp_path.glob('cache/checkpoints/*')) == sorted(names)
+
+
+def test_failed_download(server, checkpoint, tmp_path):
+    folder, url = server
+    shutil.copy(checkpoint, folder / 'wrong-0123abcd.pth')
+    with pytest.raises(
+        CheckpointError, match=r'Cannot download .*wrong-0123abcd\.pth: .*expected "0123abcd"'
+    ):
+        load(f'{url}/wrong-0123abcd.pth')
+    with pytest.raises(CheckpointError, match=r'Cannot download .*absent\.pth: .*404'):
+        load(f'{url}/absent.pth')
+    assert not list(tmp_path.glob('cache/checkpoints/*'))
+    torch.save(dict(state_dict=WEIGHTS, meta=Boobytrap(tmp_path / 'executed')), folder / 'trap.pth')
+    with pytest.raises(CheckpointError, match='cannot be loaded safely'):
+        load(f'{url}/trap.pth')
+    assert not (tmp_path / 'executed').exists()
+
+
+@pytest.mark.parametrize(
+    'base',
+    [
+        'mmpretrain::_base_/default_runtime.py',
+        'mmdet::_base_/default_runtime.py',
+        'mmseg::_base_/default_runtime.py',
+    ],
+)
+def test_configs_inherit_from_the_libraries(base, tmp_path):
+    path = tmp_path / 'config.py'
+    path.write_text(f"_base_ = '{base}'")
+    assert Config.fromfile(path).default_scope == base.partition('::')[0]
