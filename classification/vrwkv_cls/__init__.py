@@ -4,7 +4,7 @@ A config does so with ``custom_imports = dict(imports=['vrwkv_cls'], allow_faile
 """
 
 try:
-    from . import models  # noqa: F401
+    from . import mae, models  # noqa: F401
 except ImportError as error:
     _INSTALL = {
         'vrwkv_ops': 'pip install ./vrwkv_ops',
