@@ -89,10 +89,19 @@ def test_window_attention_pads_with_zero_keys_and_values():
 def test_vit_forward():
     model = ViT(**SMALL, window_size=2, window_block_indexes=[1])
     assert [layer.attn.window_size for layer in model.layers] == [None, 2, None, None]
-    (out,) = model(torch.randn(2, 3, 48, 80))
+    x = 1e-3 * torch.randn(2, 3, 48, 80)
+    (out,) = model(x)
     assert out.shape == (2, 24, 3, 5)
-    tokens = out.flatten(2).transpose(1, 2)
-    torch.testing.assert_close(tokens.mean(-1), torch.zeros(2, 15), atol=1e-5, rtol=0)  # ln1
+    model.ln1 = None
+    (raw,) = model(x)
+    expected = nn.functional.layer_norm(raw.movedim(1, -1), (24,), eps=1e-6).movedim(-1, 1)
+    torch.testing.assert_close(out, expected)
+
+
+def test_drop_path_rises_linearly():
+    model = ViT(**SMALL, drop_path_rate=0.3)
+    rates = [layer.drop_path.drop_prob for layer in model.layers]
+    assert rates == pytest.approx([0, 0.1, 0.2, 0.3])
 
 
 def test_position_embedding_skips_the_class_token_slot():
