@@ -121,6 +121,7 @@ def test_export_with_dynamic_height_and_width(strict):
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_autocast(device, dtype):
     """k and v take autocast's dtype, w and u stay float32; gradients have the inputs' dtypes."""
+    torch._dynamo.reset()
     w, u, k, v = make_inputs(device)
     with torch.autocast(device, dtype):
         y = bi_wkv(w, u, k, v)

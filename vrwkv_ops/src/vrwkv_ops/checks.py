@@ -1,7 +1,5 @@
 """Argument checks, shared by every implementation and done before any of them runs."""
 
-from itertools import pairwise
-
 import torch
 from torch import Tensor
 
@@ -122,7 +120,7 @@ def check_q_shift(
             f'{tuple(x.shape)} has T = {x.shape[1]}; pass the (H, W) of the token grid'
         )
     bounds = q_shift_bounds(x.shape[2], channel_gamma)
-    if any(start == stop for start, stop in pairwise(bounds)):
+    if any(bounds[n] == bounds[n + 1] for n in range(4)):
         raise ValueError(
             f"{op}: 'x' has C = {x.shape[2]} channels, too few for four groups of "
             f'{channel_gamma} * C (a group would be empty); C >= {1 / channel_gamma:g} serves'
