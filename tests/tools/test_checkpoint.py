@@ -160,6 +160,19 @@ def test_bad_file_is_named_and_explained(kind, message, checkpoint, tmp_path):
         load(path)
 
 
+@pytest.mark.parametrize('old_format', [False, True])
+def test_truncated_anywhere(old_format, tmp_path):
+    path = tmp_path / 'cut.pth'
+    content = dict(state_dict={'w': torch.ones(999)}, meta=dict(epoch=1))
+    torch.save(content, path, _use_new_zipfile_serialization=not old_format)
+    data = path.read_bytes()
+    load(path)
+    for length in range(4, len(data), 61):
+        path.write_bytes(data[:length])
+        with pytest.raises(CheckpointError, match=r"cut\.pth' \(.* bytes\) is truncated"):
+            load(path)
+
+
 def test_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.pth' does not exist"):
         load(tmp_path / 'none.pth')

@@ -97,8 +97,9 @@ def test_automatic_resume_starts_from_load_from_the_first_time(toy_config, load,
     weights = tmp_path / 'first' / 'epoch_4.pth'
     cli.train([
         str(toy_config('second')), '--work-dir', str(tmp_path / 'second'), '--resume',
-        '--cfg-options', f'load_from={weights}', 'train_cfg.max_epochs=1', 'optim_wrapper.optimizer.lr=0.',
-        'optim_wrapper.optimizer.weight_decay=0.', 'param_scheduler=None',
+        '--cfg-options', f'load_from={weights}', 'train_cfg.max_epochs=1',
+        'optim_wrapper.optimizer.lr=0.', 'optim_wrapper.optimizer.weight_decay=0.',
+        'param_scheduler=None',
     ])  # fmt: skip
     second = load(tmp_path / 'second' / 'epoch_1.pth')
     assert second['meta']['iter'] == 6  # not resumed

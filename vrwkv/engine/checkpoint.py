@@ -111,7 +111,7 @@ def read_checkpoint(
     else:
         try:
             checkpoint = torch.load(file, map_location=map_location, weights_only=True)
-        except (OSError, MemoryError, torch.cuda.OutOfMemoryError):
+        except (MemoryError, torch.cuda.OutOfMemoryError):
             raise
         except Exception as error:  # unpickling garbage may raise anything
             raise CheckpointError(_explain(file, name, error)) from error
