@@ -129,13 +129,17 @@ def test_adapter_trains(size, fuse, with_cp):
     assert model.pos_embed.grad[:, 1:].any()
 
 
-def test_with_cp_gives_the_same_numbers():
+def test_with_cp_recomputes_and_gives_the_same_numbers():
     results = []
     for with_cp in (False, True):
         torch.manual_seed(0)
         model = ViTAdapter(**ADAPTER, with_cp=with_cp, drop_path_rate=0.5)
+        calls = []
+        for layer in model.layers:
+            layer.attn.register_forward_hook(lambda *args, calls=calls: calls.append(1))
         outputs = model(torch.randn(2, 3, 64, 64))
         sum(o.square().mean() for o in outputs).backward()
+        assert len(calls) == (8 if with_cp else 4)
         results.append((outputs, {name: p.grad for name, p in model.named_parameters()}))
     torch.testing.assert_close(*results, rtol=0, atol=0)
 
