@@ -4,6 +4,8 @@ A config does so with ``custom_imports = dict(imports=['vrwkv_cls'], allow_faile
 """
 
 try:
+    import vrwkv.engine  # noqa: F401 (safe checkpoint loading, onedl)
+
     from . import mae, models  # noqa: F401
 except ImportError as error:
     _INSTALL = {
