@@ -264,7 +264,7 @@ class Environment:
         lines = queue.Queue()
         threading.Thread(target=lambda: [*map(lines.put, process.stdout), lines.put(None)]).start()
         start = shown = time.monotonic()
-        count = 'the first files are being compiled'
+        count = 'preparing'
         with log.open('w') as file:
             while True:
                 try:
@@ -274,6 +274,10 @@ class Environment:
                     file.write(text)
                     if found := re.search(r'\[(\d+)/(\d+)\] ', text):
                         count = f'{found[1]} of {found[2]} files compiled'
+                    elif 'running build_ext' in text:
+                        count = 'the first files are being compiled'
+                    elif 'Waiting to acquire' in text:
+                        count = 'waiting for another build of it'
                 except queue.Empty:
                     file.flush()
                 if time.monotonic() - shown >= HEARTBEAT_SECONDS:
