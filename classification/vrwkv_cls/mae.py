@@ -1,4 +1,4 @@
-"""Masked pre-training (MAE): the VRWKV encoder and decoder of mmpretrain's ``MAE`` algorithm."""
+"""Masked pre-training: encoder and decoder for mmpretrain's ``MAE``, and a backbone to probe."""
 
 from __future__ import annotations
 
@@ -276,6 +276,24 @@ class MAEVRWKVDecoder(BaseModule):
                 "checkpoint=..., prefix='backbone.')"
             )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+@MODELS.register_module()
+class FrozenVRWKV(VRWKV):
+    """A VRWKV that does not learn, for linear probing.
+
+    Args:
+        *args: As for :class:`~vrwkv.backbones.VRWKV`.
+        **kwargs: As for :class:`~vrwkv.backbones.VRWKV`.
+    """
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> FrozenVRWKV:
+        """Stay in evaluation mode, whatever ``mode``: without dropout and drop path."""
+        return super().train(False)
 
 
 def from_upstream(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
