@@ -7,6 +7,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 
+#include <cmath>
 #include <vector>
 
 #include "ops.h"
@@ -39,6 +40,8 @@ struct Workspace {
     using acc_t = typename P::acc_t;
     p.batch = k.size(0), p.tokens = k.size(1), p.channels = k.size(2);
     p.chunk_length = chunk_length, p.chunks = ceil_div(p.tokens, chunk_length);
+    // A term is below 16 times its value: mantissas of key, decay and chunk are below 2 each, and there are three sums.
+    p.headroom = static_cast<acc_t>(std::ldexp(0.0625, -static_cast<int>(std::ceil(std::log2(p.tokens)))));
     p.w = w.const_data_ptr<acc_t>(), p.u = u.const_data_ptr<acc_t>();
     p.k = view<scalar_t>(k), p.v = view<scalar_t>(v);
     decay = at::empty({kDecayColumns, chunk_length + 1, p.channels}, w.options());

@@ -36,6 +36,7 @@ struct Problem {
   using acc_t = acc_type<scalar_t>;
   int64_t batch, tokens, channels;
   int64_t chunk_length, chunks;
+  acc_t headroom;  // values are multiplied by this power of two, so that sums over all tokens stay finite
   const acc_t* w;
   const acc_t* u;
   View<scalar_t> k, v;

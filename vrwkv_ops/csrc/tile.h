@@ -100,6 +100,10 @@ struct Tile {
   VRWKV_FN void read(Lanes<T>& to, const View<scalar_t>& view, int t) const {
     load(to, view.row(b, first + t, c), view.channel_stride, count);
   }
+  VRWKV_FN void read_values(Lanes<T>& to, int t) const {
+    read(to, problem.v, t);
+    for (int j = 0; j < kWidth; ++j) to.x[j] *= problem.headroom;
+  }
   VRWKV_FN int64_t offset(int t) const { return (b * problem.tokens + first + t) * problem.channels + c; }
 
   // e^(w n)
@@ -200,7 +204,7 @@ VRWKV_FN void forward_states(const Forward<scalar_t>& p, int64_t b, int64_t chun
   WkvLanes<T> before, after;
   for (int t = 0; t < tile.length; ++t) {
     tile.read(k, p.k, t);
-    tile.read(v, p.v, t);
+    tile.read_values(v, t);
     exp_lanes(key, k, T(1));
     tile.read_decay(decay, t + 1);
     absorb(before, key, decay, v);
@@ -223,6 +227,7 @@ template <typename scalar_t, bool causal>
 VRWKV_FN void forward_outputs(const Forward<scalar_t>& p, int64_t b, int64_t chunk, int64_t c) {
   using T = acc_type<scalar_t>;
   const Tile<scalar_t> tile(p, b, chunk, c);
+  const T lift = T(1) / p.headroom;
   Lanes<T> k, v, u;
   ScaledLanes<T> key, bonus;
   DecayLanes<T> decay, grow;
@@ -237,7 +242,7 @@ VRWKV_FN void forward_outputs(const Forward<scalar_t>& p, int64_t b, int64_t chu
     for (int t = tile.length - 1; t >= 0; --t) {
       after[t] = state;
       tile.read(k, p.k, t);
-      tile.read(v, p.v, t);
+      tile.read_values(v, t);
       exp_lanes(key, k, T(1));
       tile.read_decay(decay, tile.length - t);
       absorb(state, key, decay, v);
@@ -250,7 +255,7 @@ VRWKV_FN void forward_outputs(const Forward<scalar_t>& p, int64_t b, int64_t chu
   Lanes<T> y, denominator, exponent;
   for (int t = 0; t < tile.length; ++t) {
     tile.read(k, p.k, t);
-    tile.read(v, p.v, t);
+    tile.read_values(v, t);
     tile.read_decay(from_left, t);
     tile.read_decay(grow, t + 1);
     if constexpr (!causal) tile.read_decay(from_right, tile.length - 1 - t);
@@ -261,7 +266,7 @@ VRWKV_FN void forward_outputs(const Forward<scalar_t>& p, int64_t b, int64_t chu
       auto s = state.get(j);
       out.add(s, from_left.get(j));
       if constexpr (!causal) out.add(held.get(j), from_right.get(j));
-      y.x[j] = out.y();
+      y.x[j] = out.y() * lift;
       denominator.x[j] = out.denominator, exponent.x[j] = out.exponent;
       s.absorb(grow.get(j).grow(weight), v.x[j]);
       state.set(j, s);
@@ -280,7 +285,7 @@ VRWKV_FN void forward_outputs(const Forward<scalar_t>& p, int64_t b, int64_t chu
   }
 }
 
-// gy, y and e^(-z) of one token.
+// gy, y (with headroom, as values have it) and e^(-z) of one token.
 template <typename scalar_t>
 struct Saved {
   using T = acc_type<scalar_t>;
@@ -298,6 +303,7 @@ struct Saved {
       load(residual, p.y_residual + tile.offset(t), 1, tile.count);
       for (int j = 0; j < kWidth; ++j) y.x[j] += residual.x[j];
     }
+    for (int j = 0; j < kWidth; ++j) y.x[j] *= p.headroom;
   }
 };
 
@@ -351,6 +357,7 @@ template <typename scalar_t, bool causal>
 VRWKV_FN void backward_outputs(const Backward<scalar_t>& p, int64_t b, int64_t chunk, int64_t c) {
   using T = acc_type<scalar_t>;
   const Tile<scalar_t> tile(p, b, chunk, c);
+  const T lift = T(1) / p.headroom;
   const Distances distances{p.tokens, causal};
   const CountingLanes<T> counting(tile);
   Saved<scalar_t> saved;
@@ -369,7 +376,7 @@ VRWKV_FN void backward_outputs(const Backward<scalar_t>& p, int64_t b, int64_t c
     tile.read_state(state, 1);
     for (int t = tile.length - 1; t >= 0; --t) {
       tile.read(k, p.k, t);
-      tile.read(v, p.v, t);
+      tile.read_values(v, t);
       saved.read(p, tile, t);
       tile.read_decay(decay, tile.length - 1 - t);
       tile.read_decay(grow, tile.length - t);
@@ -394,7 +401,7 @@ VRWKV_FN void backward_outputs(const Backward<scalar_t>& p, int64_t b, int64_t c
   Lanes<T> gk, gv;
   for (int t = 0; t < tile.length; ++t) {
     tile.read(k, p.k, t);
-    tile.read(v, p.v, t);
+    tile.read_values(v, t);
     saved.read(p, tile, t);
     tile.read_decay(decay, t);
     tile.read_decay(grow, t + 1);
@@ -413,7 +420,7 @@ VRWKV_FN void backward_outputs(const Backward<scalar_t>& p, int64_t b, int64_t c
                  counting.origins.x[j] * origin);
         state.set(j, s);
       }
-      gk.x[j] = grad.gk + held.gk.x[j];
+      gk.x[j] = (grad.gk + held.gk.x[j]) * lift;
       gv.x[j] = grad.gv + held.gv.x[j];
       gw.x[j] += grad.gw;
       gu.x[j] += grad.gu;
@@ -422,6 +429,7 @@ VRWKV_FN void backward_outputs(const Backward<scalar_t>& p, int64_t b, int64_t c
     store(p.gv + tile.offset(t), gv, tile.count);
   }
   const int64_t partial = (b * p.chunks + chunk) * p.channels + c;
+  for (int j = 0; j < kWidth; ++j) gw.x[j] *= lift, gu.x[j] *= lift;
   store(p.gw + partial, gw, tile.count);
   store(p.gu + partial, gu, tile.count);
 }
