@@ -291,11 +291,9 @@ class Environment:
 
     def install(self, *arguments, progress=None):
         """Run `uv pip install` under the constraints that hold for every step."""
-        constraints = [
-            option
-            for path in (REQUIREMENTS / 'base.txt', self.file('classification'), self.file('dense'))
-            for option in ('--constraints', str(path))
-        ]
+        common = [REQUIREMENTS / f'{name}.txt' for name in ('base', 'demo', 'test')]
+        files = [*common, self.file('classification'), self.file('dense')]
+        constraints = [option for path in files for option in ('--constraints', str(path))]
         excludes = ('--excludes', str(REQUIREMENTS / 'excludes.txt'))
         self.uv('install', *constraints, *excludes, *arguments, progress=progress)
 
