@@ -169,7 +169,9 @@ def test_truncated_anywhere(old_format, tmp_path):
     load(path)
     for length in range(4, len(data), 61):
         path.write_bytes(data[:length])
-        with pytest.raises(CheckpointError, match=r"cut\.pth' \(.* bytes\) is truncated"):
+        # A class name cut in the middle reads as another name, which may be refused for that.
+        reason = '(is truncated|cannot be loaded safely)' if old_format else 'is truncated'
+        with pytest.raises(CheckpointError, match=rf"cut\.pth'.*{reason}"):
             load(path)
 
 

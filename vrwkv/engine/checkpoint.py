@@ -5,6 +5,7 @@ code. What mmengine's own checkpoints hold beside tensors is allowed by name bel
 more.
 """
 
+import codecs
 import os
 import pickle
 import re
@@ -61,6 +62,7 @@ def allow_mmengine_globals() -> None:
         HistoryBuffer,
         np.ndarray,
         np.dtype,
+        codecs.encode,  # the bytes of an array; PyTorch >= 2.5 allows it anyway
         *(type(np.dtype(name)) for name in scalar_types.split()),
         *(
             _renamed(function, f'{package}.multiarray.{function.__name__}')
@@ -137,9 +139,9 @@ def _read_safetensors(file: Path, map_location: Any, name: str) -> dict:
 
 def _explain(file: Path | IO[bytes], name: str, error: Exception) -> str:
     """Say why ``torch.load`` failed on ``file`` and what to do."""
-    # PyTorch's text begins and ends with advice to give up safety.
-    advice = re.compile('Weights only load|Check the documentation')
-    reason = ' '.join(part for part in str(error).split('\n\n') if not advice.match(part)).strip()
+    # PyTorch surrounds its reason with advice to give up safety.
+    advice = re.compile(r'\s*(Weights only load|\(\d\)|Check the documentation|$)')
+    reason = ' '.join(line for line in str(error).split('\n') if not advice.match(line)).strip()
     refused = re.search(r'GLOBAL ([\w.]+(\(.*\))?)|[Uu]nsupported (class|type) .*', reason)
     if refused:
         return (
