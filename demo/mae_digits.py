@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib as mpl
@@ -15,6 +16,9 @@ import numpy as np
 import torch
 from digits_demo import ROOT, is_newer, test, train
 from mmengine.config import Config
+from mmengine.registry import DefaultScope
+from mmengine.runner import load_checkpoint
+from mmpretrain.registry import MODELS
 from torch import Tensor
 
 from vrwkv_cls.datasets import write_digits
@@ -40,7 +44,7 @@ def write_labels(data_root: Path, seed: int) -> Path:
 
 def write_config(folder: Path, name: str, options: dict) -> Path:
     """Write the config of that name with some settings changed."""
-    cfg = Config.fromfile(folder_of(name))
+    cfg = Config.fromfile(path_of(name))
     cfg.merge_from_dict(options)
     folder.mkdir(parents=True, exist_ok=True)
     out = folder / f'{name}.py'
@@ -48,20 +52,26 @@ def write_config(folder: Path, name: str, options: dict) -> Path:
     return out
 
 
-def folder_of(name: str) -> Path:
+def path_of(name: str) -> Path:
     """Say where the config of that name lies."""
     return CONFIGS / f'{name}.py'
 
 
-def compare(work_dir: Path, data_root: Path, seed: int, options: dict) -> tuple[float, float, Path]:
-    """Train with one seed; return accuracies from scratch and pre-trained, and the MAE's folder."""
-    options = {'randomness.seed': seed} | options
+def compare(
+    work_dir: Path, data_root: Path, seed: int, options: Callable[[str], dict]
+) -> tuple[float, float, Path]:
+    """Train with one seed.
 
-    def fit(name: str, extra: dict | None = None) -> tuple[Path, Path]:
-        config = write_config(work_dir / 'configs', name, options | (extra or {}))
+    Returns:
+        The accuracy from scratch, the one after pre-training, and the pre-trained checkpoint.
+    """
+
+    def fit(name: str, extra: dict) -> tuple[Path, Path]:
+        changes = {'randomness.seed': seed} | extra | options(name)
+        config = write_config(work_dir / 'configs', name, changes)
         return config, train(config, work_dir / name)
 
-    _, pretrained = fit(PRETRAIN)
+    _, pretrained = fit(PRETRAIN, {})
     labels = {'train_dataloader.dataset.ann_file': str(write_labels(data_root, seed).resolve())}
     weights = {'model.backbone.init_cfg.checkpoint': str(pretrained)}
     return test(*fit(SCRATCH, labels)), test(*fit(FINETUNE, labels | weights)), pretrained
@@ -74,9 +84,10 @@ def reconstruct(config: Path, checkpoint: Path, paths: list[Path]) -> tuple[Tens
         The images, with grey where they are masked; with the prediction there; and as they are:
         each of shape ``(N, 3, H, W)``, from 0 to 1.
     """
-    from mmpretrain.apis import get_model
-
-    model = get_model(str(config), pretrained=str(checkpoint), device='cpu').eval()
+    cfg = Config.fromfile(config)
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        model = MODELS.build(cfg.model | dict(data_preprocessor=cfg.data_preprocessor)).eval()
+    load_checkpoint(model, str(checkpoint), map_location='cpu')
     images = torch.stack([torch.from_numpy(mpl.image.imread(path)) for path in paths])
     images = (255 * images).round().unsqueeze(1).expand(-1, 3, -1, -1)
     inputs = model.data_preprocessor(dict(inputs=images, data_samples=None))['inputs']
@@ -136,8 +147,20 @@ def main() -> None:
     run(work_dir, ROOT / 'data/digits')
 
 
-def run(work_dir: Path, data_root: Path, seeds: tuple[int, ...] = (0, 1, 2), **options) -> None:
-    """Compare with each seed, then print the table and draw the first seed's pictures."""
+def run(
+    work_dir: Path,
+    data_root: Path,
+    seeds: tuple[int, ...] = (0, 1, 2),
+    options: Callable[[str], dict] = lambda name: {},
+) -> None:
+    """Compare with each seed, then print the table and draw the first seed's pictures.
+
+    Args:
+        work_dir: Where everything is written.
+        data_root: Folder of the digits, written where it is missing.
+        seeds: At least two.
+        options: Gives, for a config's name, settings to change in it.
+    """
     write_digits(data_root)
     results, checkpoints = {}, []
     for seed in seeds:
