@@ -58,10 +58,13 @@ gpu: install-test ## On a machine with an NVIDIA GPU and nvcc: run the tests mar
 	$(RUN) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("torch sees no GPU")'
 	$(RUN) -m pytest -m cuda $(PYTEST_ARGS)
 
+# CPATH: headers that torch wants (cusparse.h) come with its wheels where the toolkit has only nvcc.
 cuda-compile: install-demo ## Compile the CUDA kernels for one architecture (needs nvcc, no GPU)
 	set -e; folder=$$(mktemp -d); trap 'rm -rf $$folder' EXIT; cp -r vrwkv_ops $$folder; \
-	FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST=$${TORCH_CUDA_ARCH_LIST:-9.0} $(RUN) -m uv build --wheel \
-	--no-build-isolation --python $(RUN) --out-dir $$folder/dist $$folder/vrwkv_ops
+	headers=$$(printf '%s:' $(abspath $(VENV))/lib/python3*/site-packages/nvidia/*/include); \
+	CPATH=$$headers$$CPATH FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST=$${TORCH_CUDA_ARCH_LIST:-9.0} \
+	$(RUN) -m uv build --wheel --no-build-isolation --python $(RUN) \
+	--out-dir $$folder/dist $$folder/vrwkv_ops
 
 clean: ## Remove build products and caches
 	rm -rf build *.egg-info vrwkv_ops/build vrwkv_ops/src/*.egg-info .pytest_cache .ruff_cache
