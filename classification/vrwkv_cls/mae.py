@@ -237,8 +237,7 @@ class MAEVRWKVDecoder(BaseModule):
             )
         x = self.decoder_embed(x)
         masked = self.mask_token.expand(x.shape[0], length - x.shape[1], -1)
-        # In mixed precision the token is float32 and x is not.
-        x = _take(torch.cat([x, masked.to(x.dtype)], dim=1), ids_restore)
+        x = _take(torch.cat([x, masked], dim=1), ids_restore)
         x = x + self.decoder_pos_embed
         for layer in self.decoder_blocks:
             x = layer(x)
