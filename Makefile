@@ -34,7 +34,7 @@ install-lint: python
 	@$(INSTALL) lint
 
 demo: install-demo ## Train a small VRWKV on digits, evaluate it and draw its predictions
-	$(RUN) demo/digits_demo.py
+	PYTHONWARNINGS='ignore:pkg_resources is deprecated:UserWarning' $(RUN) demo/digits_demo.py
 
 test: install-test ## Lint and run all tests
 	$(MAKE) --no-print-directory lint unit

@@ -88,8 +88,7 @@ def read_checkpoint(
 
     Returns:
         dict: The checkpoint, with its weights under ``'state_dict'``. They may be stored under any
-            of
-        :data:`WEIGHT_KEYS` or flat.
+        of :data:`WEIGHT_KEYS` or flat.
 
     Raises:
         FileNotFoundError: If there is no such file.

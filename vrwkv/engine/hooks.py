@@ -61,10 +61,8 @@ class AtomicCheckpointHook(CheckpointHook):
 
     mmengine writes checkpoints in place, and removes the outdated one (``max_keep_ckpts``,
     ``save_best``) before it writes the new one: a process killed in between leaves none. Here a
-    checkpoint is
-        written
-    under a temporary name and renamed, then ``last_checkpoint`` likewise, and only then is the
-    outdated one removed. ``tools/train.py`` puts this hook in the place of a plain
+    checkpoint is written under a temporary name and renamed, then ``last_checkpoint`` likewise, and
+    only then is the outdated one removed. ``tools/train.py`` puts this hook in the place of a plain
     ``CheckpointHook``.
 
     Args:
@@ -135,10 +133,9 @@ class EpochSeedHook(Hook):
     Then an epoch does not depend on what ran before it, and a training resumed at its start goes on
     as the unbroken one would. Python's, numpy's and PyTorch's generators (the GPU's too) are
     seeded, and so are the workers of the training data loader: mmengine seeds those alike in each
-    epoch, and
-        persistent
-    ones carry their state over, so they are started anew here. A ``worker_init_fn`` of the config's
-    own is left alone. ``tools/train.py`` adds this hook to every config.
+    epoch, and persistent ones carry their state over, so they are started anew here. A
+    ``worker_init_fn`` of the config's own is left alone. ``tools/train.py`` adds this hook to every
+    config.
 
     An iteration-based training has one epoch: it draws the same numbers from its start, but does
     not resume bit for bit.
