@@ -355,7 +355,7 @@ def install_mmcv(environment, operators):
         check_compiler()
         say(
             'Installing mmcv with its operators. Compiling them takes about 10 minutes on two '
-            'cores, once: uv keeps the result.'
+            'cores, once.'
         )
         # uv tells builds in its cache apart by their settings, not by the torch they are for.
         requirements += ['--no-build-isolation-package', package]
