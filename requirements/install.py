@@ -6,6 +6,7 @@ nothing and an interrupted one repairs what it finds and goes on.
 """
 
 import argparse
+import csv
 import fcntl
 import hashlib
 import json
@@ -213,16 +214,16 @@ class Environment:
         say('The last install did not finish: looking for what it left incomplete')
         damaged = []
         for distribution in distributions(path=[str(self.site)]):
-            if not distribution.metadata['Name'] or distribution.files is None:
+            # `distribution.files` leaves out missing files from Python 3.12 on.
+            record = distribution.read_text('RECORD')
+            if not distribution.metadata['Name'] or record is None:
                 say(f'Removing incomplete {distribution._path.name}')
                 shutil.rmtree(distribution._path)
                 damaged.append(None)
                 continue
-            for file in distribution.files:
-                path = Path(distribution.locate_file(file))
-                if file.size is not None and not (
-                    path.exists() and path.stat().st_size == file.size
-                ):
+            for name, _, size in csv.reader(record.splitlines()):
+                path = self.site / name
+                if size and not (path.exists() and path.stat().st_size == int(size)):
                     damaged.append(distribution.metadata['Name'])
                     break
         if damaged:

@@ -49,6 +49,15 @@ def toy_on_path(monkeypatch):
     monkeypatch.delenv('LOCAL_RANK', raising=False)
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Compute here as the child processes do: sums depend on the number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def toy_config(tmp_path):
     """Write the toy config, with changes. mmengine tells runs apart by its name and the second."""
