@@ -1,0 +1,252 @@
+"""Write photographs with handwritten digits on them, as small sets for detection or segmentation.
+
+Both the photographs and the digits are real and ship with scikit-learn; where the digits lie, how
+large they are and which colour they have is drawn at random, so that boxes and masks are known.
+Training and validation images share neither a digit nor a piece of a photograph.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_digits, load_sample_images
+from sklearn.model_selection import train_test_split
+
+ROOT = Path(__file__).resolve().parents[1]
+DIGITS = tuple(map(str, range(10)))
+SPLITS = ('train', 'val')
+HELD_OUT = 1 / 5  # of the digits
+GAP = 0.62  # of a photograph's width is for training; what is right of it, for validation
+
+
+class Scene(NamedTuple):
+    """A photograph with digits on it."""
+
+    image: np.ndarray  #: RGB of shape (size, size, 3), uint8.
+    labels: list[int]  #: The N digits, 0 to 9, in the order in which they were pasted.
+    masks: np.ndarray  #: Their visible pixels, of shape (N, size, size), bool.
+
+
+def scenes(split: str, count: int, size: int = 128, seed: int = 0) -> Iterator[Scene]:
+    """Draw scenes; the same arguments give the same ones.
+
+    Args:
+        split: ``'train'`` or ``'val'``.
+        count: How many.
+        size: Height and width in pixels, at least 64.
+        seed: Seed of everything that is random.
+
+    Yields:
+        Scenes with one to six digits, each a sixth to a third of the image high, and hardly
+        covering one another.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
+    if split not in SPLITS:
+        raise ValueError(f'split must be one of {SPLITS}, got {split!r}')
+    if size < 64:
+        raise ValueError(f'size must be at least 64 pixels, got {size}')
+    rng = np.random.default_rng([seed, SPLITS.index(split)])
+    digits, labels = _digits(split)
+    photographs = [_part(photograph, split) for photograph in load_sample_images().images]
+    for _ in range(count):
+        image = _background(photographs[rng.integers(len(photographs))], size, rng)
+        found, masks = [], np.zeros((0, size, size), bool)
+        for _ in range(rng.integers(2, 7)):
+            index = rng.integers(len(digits))
+            mask = _place(digits[index], size, rng)
+            covered = (masks & mask).sum((1, 2))
+            if (covered > 0.1 * masks.sum((1, 2))).any():
+                continue
+            image[mask] = _contrasting_colour(image[mask], rng)
+            masks = np.concatenate([masks & ~mask, mask[None]])
+            found.append(int(labels[index]))
+        yield Scene(image, found, masks)
+
+
+def _digits(split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the split's digits, of shape (N, 8, 8) with grey levels 0 to 16, and labels."""
+    data = load_digits()
+    indices = train_test_split(
+        np.arange(len(data.target)), test_size=HELD_OUT, stratify=data.target, random_state=0
+    )[SPLITS.index(split)]
+    return data.images[indices], data.target[indices]
+
+
+def _part(photograph: np.ndarray, split: str) -> np.ndarray:
+    """Return the part of a photograph that belongs to a split."""
+    edge = round(GAP * photograph.shape[1])
+    return photograph[:, :edge] if split == 'train' else photograph[:, edge:]
+
+
+def _background(photograph: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+    """Cut a square out of a photograph, flip it or not, and scale it to ``size``."""
+    side = int(rng.integers(96, min(photograph.shape[:2]) + 1))
+    top, left = (int(rng.integers(0, n - side + 1)) for n in photograph.shape[:2])
+    crop = Image.fromarray(photograph[top : top + side, left : left + side])
+    image = np.array(crop.resize((size, size), Image.Resampling.BILINEAR))
+    return image[:, ::-1].copy() if rng.random() < 0.5 else image
+
+
+def _place(digit: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+    """Return a digit's pixels, enlarged, somewhere in an empty image."""
+    side = int(rng.integers(size // 6, size // 3 + 1))
+    grey = Image.fromarray(np.round(digit * (255 / 16)).astype(np.uint8))
+    ink = np.array(grey.resize((side, side), Image.Resampling.BICUBIC)) > 110
+    top, left = rng.integers(0, size - side + 1, 2)
+    mask = np.zeros((size, size), bool)
+    mask[top : top + side, left : left + side] = ink
+    return mask
+
+
+def _contrasting_colour(background: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Draw a colour that is far from what it will cover."""
+    mean = background.mean(0)
+    while True:
+        colour = rng.integers(0, 256, 3)
+        if np.abs(colour - mean).sum() > 240:
+            return colour
+
+
+def write_coco(
+    root: Path, train: int = 600, val: int = 100, size: int = 128, seed: int = 0
+) -> Path:
+    """Write scenes as ``root/{train,val}/*.png`` and COCO's ``root/annotations/{train,val}.json``.
+
+    Categories have the ids 1 to 10 for the digits 0 to 9. Masks are run lengths.
+
+    Args:
+        root: The folder to write; it appears whole or not at all.
+        train: Number of training images.
+        val: Number of validation images.
+        size: Height and width in pixels.
+        seed: Seed of everything that is random.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileExistsError: If ``root`` exists and was not written by the same call.
+    """
+    from pycocotools import mask as run_length
+
+    def annotations(index: int, scene: Scene) -> Iterator[dict]:
+        for label, mask in zip(scene.labels, scene.masks, strict=True):
+            code = run_length.encode(np.asfortranarray(mask))
+            yield dict(
+                image_id=index,
+                category_id=label + 1,
+                bbox=run_length.toBbox(code).tolist(),
+                area=int(run_length.area(code)),
+                segmentation=dict(size=code['size'], counts=code['counts'].decode()),
+                iscrowd=0,
+            )
+
+    def write(part: Path, split: str, drawn: Iterator[Scene]) -> None:
+        (part / split).mkdir(parents=True)
+        (part / 'annotations').mkdir(exist_ok=True)
+        images, objects = [], []
+        for index, scene in enumerate(drawn):
+            name = f'{index:05d}.png'
+            Image.fromarray(scene.image).save(part / split / name)
+            images.append(dict(id=index, file_name=name, height=size, width=size))
+            objects.extend(annotations(index, scene))
+        for number, item in enumerate(objects, 1):  # COCO's evaluation takes id 0 for no match
+            item['id'] = number
+        categories = [dict(id=i + 1, name=name) for i, name in enumerate(DIGITS)]
+        content = dict(images=images, annotations=objects, categories=categories)
+        (part / 'annotations' / f'{split}.json').write_text(json.dumps(content))
+
+    return _write(root, write, dict(train=train, val=val), dict(size=size, seed=seed))
+
+
+def write_ade20k(
+    root: Path, train: int = 600, val: int = 100, size: int = 128, seed: int = 0
+) -> Path:
+    """Write scenes and label maps in ADE20K's folders.
+
+    These are ``root/images/{training,validation}/*.png`` and ``root/annotations/`` alike, where a
+    pixel is 0 for the background and d + 1 for the digit d.
+
+    Args:
+        root: The folder to write; it appears whole or not at all.
+        train: Number of training images.
+        val: Number of validation images.
+        size: Height and width in pixels.
+        seed: Seed of everything that is random.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileExistsError: If ``root`` exists and was not written by the same call.
+    """
+
+    def write(part: Path, split: str, drawn: Iterator[Scene]) -> None:
+        folder = dict(train='training', val='validation')[split]
+        for kind in ('images', 'annotations'):
+            (part / kind / folder).mkdir(parents=True)
+        for index, scene in enumerate(drawn):
+            name = f'{index:05d}.png'
+            labels = np.zeros((size, size), np.uint8)
+            for label, mask in zip(scene.labels, scene.masks, strict=True):
+                labels[mask] = label + 1
+            Image.fromarray(scene.image).save(part / 'images' / folder / name)
+            Image.fromarray(labels).save(part / 'annotations' / folder / name)
+
+    return _write(root, write, dict(train=train, val=val), dict(size=size, seed=seed))
+
+
+def _write(
+    root: Path,
+    write: Callable[[Path, str, Iterator[Scene]], None],
+    counts: dict[str, int],
+    settings: dict[str, int],
+) -> Path:
+    """Write both splits to a temporary folder and rename it, unless that was done before."""
+    root = Path(root)
+    facts = json.dumps({**counts, **settings})
+    stamp = root / 'digit_scenes.json'
+    if root.exists():
+        if not stamp.is_file() or stamp.read_text() != facts:
+            raise FileExistsError(
+                f'{root} exists and does not hold the digit scenes {facts}: remove it, or name '
+                'another folder'
+            )
+        return root
+    part = root.with_name(root.name + '.part')
+    shutil.rmtree(part, ignore_errors=True)
+    for split, count in counts.items():
+        write(part, split, scenes(split, count, **settings))
+    (part / stamp.name).write_text(facts)
+    part.replace(root)
+    return root
+
+
+def main() -> None:
+    """Write one of the two sets from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+    parser.add_argument('layout', choices=('coco', 'ade20k'))
+    parser.add_argument(
+        'out', nargs='?', type=Path, help='default: data/digit_scenes_<layout> in the checkout'
+    )
+    parser.add_argument('--train', type=int, default=600, help='images (default: %(default)s)')
+    parser.add_argument('--val', type=int, default=100, help='images (default: %(default)s)')
+    parser.add_argument('--size', type=int, default=128, help='pixels (default: %(default)s)')
+    parser.add_argument('--seed', type=int, default=0, help='default: %(default)s')
+    args = parser.parse_args()
+    root = args.out or ROOT / f'data/digit_scenes_{args.layout}'
+    write = dict(coco=write_coco, ade20k=write_ade20k)[args.layout]
+    print(write(root, args.train, args.val, args.size, args.seed))
+
+
+if __name__ == '__main__':
+    main()
