@@ -3,6 +3,7 @@
 from . import compat  # noqa: F401
 from .checkpoint import CheckpointError, read_checkpoint
 from .hooks import AtomicCheckpointHook, EpochSeedHook
+from .layer_decay import LayerDecayOptimWrapperConstructor
 from .optim import CPUAmpOptimWrapper
 from .runner import VRWKVRunner, find_checkpoints
 
@@ -11,6 +12,7 @@ __all__ = [
     'CPUAmpOptimWrapper',
     'CheckpointError',
     'EpochSeedHook',
+    'LayerDecayOptimWrapperConstructor',
     'VRWKVRunner',
     'find_checkpoints',
     'read_checkpoint',

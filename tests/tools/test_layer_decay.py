@@ -1,0 +1,123 @@
+"""Layer-wise decay of the learning rate, against rates worked out by hand."""
+
+import pytest
+import torch
+from mmengine.optim import build_optim_wrapper
+from torch import nn
+
+import vrwkv.engine  # noqa: F401
+from vrwkv.backbones import VRWKV
+
+
+class Model(nn.Module):
+    """A backbone of three layers and a head, as in all three libraries."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = VRWKV(img_size=32, embed_dims=8, depth=3, out_indices=[2], init_values=1.0)
+        self.head = nn.Linear(8, 2)
+
+
+def groups(model, **paramwise_cfg):
+    wrapper = build_optim_wrapper(
+        model,
+        dict(
+            optimizer=dict(type='AdamW', lr=1.0, weight_decay=0.05),
+            constructor='LayerDecayOptimWrapperConstructor',
+            paramwise_cfg=paramwise_cfg,
+        ),
+    )
+    return wrapper.optimizer.param_groups
+
+
+def settings(model, **paramwise_cfg):
+    names = {param: name for name, param in model.named_parameters()}
+    return {
+        names[param]: (group['lr'], group['weight_decay'])
+        for group in groups(model, **paramwise_cfg)
+        for param in group['params']
+    }
+
+
+def test_rates_and_weight_decay():
+    found = settings(Model(), layer_decay_rate=0.5)
+    expected = {
+        'backbone.pos_embed': (0.0625, 0.05),  # depth 0 of 0 ... 4
+        'backbone.patch_embed.projection.weight': (0.0625, 0.05),
+        'backbone.patch_embed.projection.bias': (0.0625, 0.0),
+        'backbone.layers.0.ln0.weight': (0.125, 0.0),
+        'backbone.layers.0.att.key.weight': (0.125, 0.05),
+        'backbone.layers.1.att.spatial_decay': (0.25, 0.0),  # 1-d
+        'backbone.layers.1.gamma1': (0.25, 0.0),
+        'backbone.layers.1.ffn.spatial_mix_k': (0.25, 0.05),  # of shape (1, 1, C)
+        'backbone.layers.2.ffn.value.weight': (0.5, 0.05),
+        'backbone.ln1.weight': (1.0, 0.0),
+        'head.weight': (1.0, 0.05),
+        'head.bias': (1.0, 0.0),
+    }
+    assert {name: found[name] for name in expected} == expected
+
+
+def test_every_parameter_once_in_few_groups():
+    model = Model()
+    found = groups(model, layer_decay_rate=0.5)
+    params = [param for group in found for param in group['params']]
+    assert len(params) == len(set(params)) == len(list(model.parameters()))
+    assert len(found) == 10  # five depths, with weight decay or without
+    assert sum(len(g['params']) for g in found if g['weight_decay'] == 0.0) == sum(
+        param.ndim == 1 for param in model.parameters()
+    )
+
+
+def test_paramwise_options_of_mmengine():
+    found = settings(
+        Model(), layer_decay_rate=0.5, flat_decay_mult=1.0, custom_keys=dict(head=dict(lr_mult=10))
+    )
+    assert found['backbone.layers.1.gamma1'] == (0.25, 0.05)
+    assert found['head.weight'] == (10.0, 0.05)
+
+
+def test_depths_of_another_librarys_backbone():
+    from mmpretrain.models import VisionTransformer
+
+    model = nn.Module()
+    model.backbone = VisionTransformer(
+        dict(embed_dims=8, num_layers=2, num_heads=2, feedforward_channels=8), img_size=32
+    )
+    found = settings(model, layer_decay_rate=0.5)
+    assert found['backbone.cls_token'][0] == 0.125
+    assert found['backbone.layers.0.attn.qkv.weight'][0] == 0.25
+    assert found['backbone.layers.1.attn.qkv.weight'][0] == 0.5
+
+
+def test_one_step_moves_layers_by_their_rates():
+    model = nn.Module()
+    model.backbone = VRWKV(img_size=32, embed_dims=8, depth=3, out_indices=[2])
+    wrapper = build_optim_wrapper(
+        model,
+        dict(
+            optimizer=dict(type='SGD', lr=1.0),
+            constructor='LayerDecayOptimWrapperConstructor',
+            paramwise_cfg=dict(layer_decay_rate=0.5),
+        ),
+    )
+    before = [layer.att.key.weight.clone() for layer in model.backbone.layers]
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    wrapper.step()
+    moved = [
+        (old - layer.att.key.weight).mean().item()
+        for old, layer in zip(before, model.backbone.layers, strict=True)
+    ]
+    assert moved == pytest.approx([0.125, 0.25, 0.5], rel=1e-6)  # float32
+
+
+@pytest.mark.parametrize('rate', [None, 0, 1.5, '0.9'])
+def test_wrong_rate(rate):
+    with pytest.raises(ValueError, match=r'layer_decay_rate above 0 and at most 1.*got'):
+        groups(Model(), layer_decay_rate=rate)
+
+
+def test_backbone_without_depths():
+    with pytest.raises(ValueError, match='no module of Linear has a get_layer_depth method'):
+        groups(nn.Linear(2, 2), layer_decay_rate=0.9)
