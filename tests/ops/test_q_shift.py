@@ -5,11 +5,11 @@ import torch
 
 from vrwkv_ops import q_shift
 from vrwkv_ops.reference import q_shift_reference
-from vrwkv_ops.shift import q_shift_slices
+from vrwkv_ops.shift import shift_slices
 
 
 def _slices(x, resolution, shift_pixel=1, channel_gamma=1 / 4):
-    return q_shift_slices(x, *resolution, shift_pixel, channel_gamma)
+    return shift_slices(x, *resolution, shift_pixel, channel_gamma)
 
 
 KERNEL = pytest.param((q_shift, 'cpu'), id='kernel-cpu')

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vrwkv_ops import q_shift
-from vrwkv_ops.checks import q_shift_bounds
+from vrwkv_ops.checks import shift_bounds
 
 from ._checks import check_channel_gamma, check_choice, check_int
 
@@ -45,7 +45,7 @@ def double_shift(x: Tensor, shift_pixel: int = 1, channel_gamma: float = 1 / 4) 
         The shifted tokens, of the shape of ``x``; zero beyond the sequence's ends.
     """
     step = min(shift_pixel, x.shape[1])
-    _, first, second, *_ = q_shift_bounds(x.shape[2], channel_gamma)
+    _, first, second, *_ = shift_bounds(x.shape[2], channel_gamma)
     return torch.cat(
         [
             F.pad(x[..., :first], (0, 0, step, -step)),

@@ -1,5 +1,7 @@
 """Argument checks, shared by every implementation and done before any of them runs."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -71,6 +73,10 @@ def check_bi_wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor, causal: bool) -> No
         )
 
 
+SHIFT_MODES = ('q_shift', 'single_shift', 'double_shift')
+MAX_MIXES = 3
+
+
 def check_q_shift(
     x: Tensor, resolution: tuple[int, int], shift_pixel: int, channel_gamma: float
 ) -> None:
@@ -81,8 +87,100 @@ def check_q_shift(
             ``shift_pixel`` not an int or ``channel_gamma`` not a number.
         ValueError: If a shape or value does not fit.
     """
-    op = 'q_shift'
+    _check_shift('q_shift', x, resolution, shift_pixel, channel_gamma, 'q_shift')
+
+
+def check_token_shift(
+    x: Tensor,
+    mixes: Tensor | Sequence[Tensor],
+    resolution: tuple[int, int] | None,
+    shift_pixel: int,
+    channel_gamma: float | None,
+    mode: str,
+) -> None:
+    """Checks the arguments of :func:`vrwkv_ops.token_shift`.
+
+    Raises:
+        TypeError: If an argument has a type or dtype that is not accepted.
+        ValueError: If a shape, a value or a device does not fit, or ``mode`` is unknown.
+    """
+    op = 'token_shift'
+    if mode not in SHIFT_MODES:
+        raise ValueError(
+            f"{op}: 'mode' must be one of {', '.join(map(repr, SHIFT_MODES))}, got {mode!r}"
+        )
+    _check_shift(op, x, resolution, shift_pixel, channel_gamma, mode)
+    channels = x.shape[2]
+    if isinstance(mixes, Tensor):
+        if mixes.dim() != 2:
+            raise ValueError(
+                f"{op}: 'mixes' must be a tensor of shape (n, C) or a sequence of tensors, got one "
+                f'tensor of shape {tuple(mixes.shape)}'
+            )
+    elif not isinstance(mixes, (tuple, list)):
+        raise TypeError(
+            f"{op}: 'mixes' must be a tensor of shape (n, C) or a sequence of tensors, got "
+            f'{type(mixes).__name__}'
+        )
+    if not 1 <= len(mixes) <= MAX_MIXES:
+        raise ValueError(f"{op}: 'mixes' must hold 1 to {MAX_MIXES} mixes, got {len(mixes)}")
+    for i, mix in enumerate(mixes):
+        name = f'mixes[{i}]'
+        _check_float_tensor(op, name, mix)
+        if tuple(mix.shape) not in ((channels,), (1, 1, channels)):
+            raise ValueError(
+                f"{op}: '{name}' must have shape (C,) or (1, 1, C) with C = {channels} to match "
+                f"'x' of shape {tuple(x.shape)}, got {tuple(mix.shape)}"
+            )
+        if mix.device != x.device:
+            raise ValueError(
+                f"{op}: '{name}' is on {mix.device} but 'x' is on {x.device}; "
+                'move all arguments to one device'
+            )
+
+
+def _check_shift(
+    op: str,
+    x: Tensor,
+    resolution: tuple[int, int] | None,
+    shift_pixel: int,
+    channel_gamma: float | None,
+    mode: str,
+) -> None:
+    """Checks what every token shift takes; a mode does not look at what it does not use."""
     _check_float_tensor(op, 'x', x)
+    if mode == 'q_shift':
+        _check_grid_type(op, resolution)
+    if not _is_int(shift_pixel):
+        raise TypeError(f"{op}: 'shift_pixel' must be an int, got {type(shift_pixel).__name__}")
+    if shift_pixel < 0:
+        raise ValueError(f"{op}: 'shift_pixel' must be >= 0, got {shift_pixel}")
+    if mode != 'single_shift':
+        _check_channel_gamma(op, channel_gamma)
+    if x.dim() != 3:
+        shape = '(B, H*W, C)' if mode == 'q_shift' else '(B, T, C)'
+        raise ValueError(f"{op}: 'x' must have shape {shape}, got {tuple(x.shape)}")
+    if mode == 'q_shift':
+        height, width = resolution
+        if height < 1 or width < 1:
+            raise ValueError(f"{op}: 'resolution' must be positive, got ({height}, {width})")
+        if height * width != x.shape[1]:
+            raise ValueError(
+                f"{op}: 'resolution' ({height}, {width}) has {height * width} tokens but 'x' of "
+                f'shape {tuple(x.shape)} has T = {x.shape[1]}; pass the (H, W) of the token grid'
+            )
+    if mode != 'single_shift':
+        groups = 4 if mode == 'q_shift' else 2
+        bounds = shift_bounds(x.shape[2], channel_gamma, mode)
+        if any(bounds[n] == bounds[n + 1] for n in range(groups)):
+            names = {2: 'two', 4: 'four'}
+            raise ValueError(
+                f"{op}: 'x' has C = {x.shape[2]} channels, too few for {names[groups]} groups of "
+                f'{channel_gamma} * C (a group would be empty); C >= {1 / channel_gamma:g} serves'
+            )
+
+
+def _check_grid_type(op: str, resolution: object) -> None:
     if not isinstance(resolution, (tuple, list)):
         raise TypeError(
             f"{op}: 'resolution' must be a pair of ints (H, W), got {type(resolution).__name__}"
@@ -96,34 +194,17 @@ def check_q_shift(
             raise TypeError(
                 f"{op}: 'resolution' must be a pair of ints (H, W), got {tuple(resolution)!r}"
             )
-    if not _is_int(shift_pixel):
-        raise TypeError(f"{op}: 'shift_pixel' must be an int, got {type(shift_pixel).__name__}")
-    if shift_pixel < 0:
-        raise ValueError(f"{op}: 'shift_pixel' must be >= 0, got {shift_pixel}")
+
+
+def _check_channel_gamma(op: str, channel_gamma: object) -> None:
     if isinstance(channel_gamma, bool) or not isinstance(channel_gamma, (int, float)):
         raise TypeError(
             f"{op}: 'channel_gamma' must be a float, got {type(channel_gamma).__name__}"
         )
     if not 0 < channel_gamma <= 1 / 4:
         raise ValueError(
-            f"{op}: 'channel_gamma' must be in (0, 1/4] (the four groups share the channels), "
+            f"{op}: 'channel_gamma' must be in (0, 1/4] (the groups share the channels), "
             f'got {channel_gamma}'
-        )
-    if x.dim() != 3:
-        raise ValueError(f"{op}: 'x' must have shape (B, H*W, C), got {tuple(x.shape)}")
-    height, width = resolution
-    if height < 1 or width < 1:
-        raise ValueError(f"{op}: 'resolution' must be positive, got ({height}, {width})")
-    if height * width != x.shape[1]:
-        raise ValueError(
-            f"{op}: 'resolution' ({height}, {width}) has {height * width} tokens but 'x' of shape "
-            f'{tuple(x.shape)} has T = {x.shape[1]}; pass the (H, W) of the token grid'
-        )
-    bounds = q_shift_bounds(x.shape[2], channel_gamma)
-    if any(bounds[n] == bounds[n + 1] for n in range(4)):
-        raise ValueError(
-            f"{op}: 'x' has C = {x.shape[2]} channels, too few for four groups of "
-            f'{channel_gamma} * C (a group would be empty); C >= {1 / channel_gamma:g} serves'
         )
 
 
@@ -131,6 +212,13 @@ def _is_int(value: object) -> bool:
     return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
 
 
-def q_shift_bounds(channels: int, channel_gamma: float) -> list[int]:
-    """Channel bounds of the four Q-Shift groups: group n covers ``bounds[n-1]:bounds[n]``."""
-    return [int(channels * channel_gamma * n) for n in range(5)]
+def shift_bounds(channels: int, channel_gamma: float, mode: str = 'q_shift') -> list[int]:
+    """Channel bounds of a token shift's groups: group n covers ``bounds[n-1]:bounds[n]``.
+
+    Group 1 takes the token to the left, 2 to the right, 3 above and 4 below; channels past the
+    groups stay. The one-dimensional modes run on a grid of one row and leave groups empty.
+    """
+    if mode == 'single_shift':
+        return [0] + [channels] * 4
+    bounds = [int(channels * channel_gamma * n) for n in range(5)]
+    return bounds[:3] + [bounds[2]] * 2 if mode == 'double_shift' else bounds

@@ -4,11 +4,13 @@ Compiled kernels (``csrc/``) add themselves to these schemas for the CPU and CUD
 pure-PyTorch kernels registered here serve every device that has none.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from vrwkv_ops import backends, scan, shift
-from vrwkv_ops.checks import accumulation_dtype, check_bi_wkv, check_q_shift
+from vrwkv_ops.checks import accumulation_dtype, check_bi_wkv, check_q_shift, check_token_shift
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -26,6 +28,16 @@ _lib.define(
 _lib.define(
     'q_shift(Tensor x, SymInt height, SymInt width, int shift_pixel, float channel_gamma,'
     ' bool reverse) -> Tensor',
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_lib.define(
+    'token_shift(Tensor x, Tensor mixes, SymInt height, SymInt width, int shift_pixel,'
+    ' float channel_gamma, str mode) -> Tensor[]',
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_lib.define(
+    'token_shift_backward(Tensor[] grads, Tensor x, Tensor mixes, SymInt height, SymInt width,'
+    ' int shift_pixel, float channel_gamma, str mode) -> (Tensor gx, Tensor gmixes)',
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _ops = torch.ops.vrwkv_ops
@@ -101,6 +113,51 @@ def q_shift(
     return _ops.q_shift(x, height, width, shift_pixel, float(channel_gamma), False)
 
 
+def token_shift(
+    x: Tensor,
+    mixes: Tensor | Sequence[Tensor],
+    resolution: tuple[int, int] | None = None,
+    shift_pixel: int = 1,
+    channel_gamma: float | None = 1 / 4,
+    mode: str = 'q_shift',
+) -> tuple[Tensor, ...]:
+    """Mixes tokens with shifted neighbours: ``x * mix + shift(x) * (1 - mix)`` for each mix.
+
+    One pass makes all results (paper section 3.2: the inputs of the key, value and receptance
+    layers), and nothing is kept for the backward pass but ``x`` and the mixes. Differentiable once
+    in ``x`` and the mixes. Results are deterministic. Float16 and bfloat16 are mixed in float32.
+
+    Args:
+        x: Tokens, shape (B, T, C), with any strides.
+        mixes: One to three weights of the tokens themselves: tensors of shape (C,) or (1, 1, C), or
+            one tensor of shape (n, C).
+        resolution: The token grid (H, W) with H * W = T, in row-major order. Only Q-Shift needs it.
+        shift_pixel: Distance in tokens, at least 0.
+        channel_gamma: Share of the channels in one group, in (0, 1/4]. ``'single_shift'`` has no
+            groups and does not look at it.
+        mode: ``'q_shift'``, four groups of channels that take the token to the left, to the right,
+            above and below, while channels past them stay, see :func:`q_shift`; ``'single_shift'``,
+            all take the token before; ``'double_shift'``, a first group takes the token before, a
+            second one the token after, and the others stay. Zeros come in from outside.
+
+    Returns:
+        For each mix a contiguous tensor of the shape and dtype of ``x``.
+
+    Raises:
+        TypeError: If an argument has a type or dtype that is not accepted.
+        ValueError: If a shape, a value or a device does not fit, or C is too small for the groups.
+    """
+    check_token_shift(x, mixes, resolution, shift_pixel, channel_gamma, mode)
+    dtype = accumulation_dtype(x.dtype)
+    if isinstance(mixes, Tensor):
+        mixes = mixes.to(dtype).contiguous()
+    else:
+        mixes = torch.stack([mix.reshape(-1).to(dtype) for mix in mixes])
+    height, width = resolution if mode == 'q_shift' else (1, x.shape[1])
+    gamma = 1 / 4 if channel_gamma is None else float(channel_gamma)
+    return tuple(_ops.token_shift(x, mixes, height, width, shift_pixel, gamma, mode))
+
+
 # --- Kernels for devices without compiled ones ------------------------------------------------
 
 
@@ -128,7 +185,19 @@ def _bi_wkv_backward(gy, w, u, k, v, y, y_residual, z, causal):
 @torch.library.impl(_lib, 'q_shift', 'CompositeExplicitAutograd')
 def _q_shift(x, height, width, shift_pixel, channel_gamma, reverse):
     backends.warn_if_slow(x.device)
-    return shift.q_shift_slices(x, height, width, shift_pixel, channel_gamma, reverse)
+    return shift.shift_slices(x, height, width, shift_pixel, channel_gamma, reverse=reverse)
+
+
+@torch.library.impl(_lib, 'token_shift', 'CompositeExplicitAutograd')
+def _token_shift(x, mixes, *args):
+    backends.warn_if_slow(x.device)
+    return shift.forward(x, mixes, *args)
+
+
+@torch.library.impl(_lib, 'token_shift_backward', 'CompositeExplicitAutograd')
+def _token_shift_backward(grads, x, mixes, *args):
+    backends.warn_if_slow(x.device)
+    return shift.backward(grads, x, mixes, *args)
 
 
 # --- Shapes and dtypes of results, for torch.compile and torch.export --------------------------
@@ -150,6 +219,16 @@ def _(gy, w, u, k, v, y, y_residual, z, causal):
 @torch.library.register_fake('vrwkv_ops::q_shift', lib=_lib)
 def _(x, height, width, shift_pixel, channel_gamma, reverse):
     return x.new_empty(x.shape)
+
+
+@torch.library.register_fake('vrwkv_ops::token_shift', lib=_lib)
+def _(x, mixes, height, width, shift_pixel, channel_gamma, mode):
+    return [x.new_empty(x.shape) for _ in range(mixes.shape[0])]
+
+
+@torch.library.register_fake('vrwkv_ops::token_shift_backward', lib=_lib)
+def _(grads, x, mixes, height, width, shift_pixel, channel_gamma, mode):
+    return x.new_empty(x.shape), mixes.new_empty(mixes.shape)
 
 
 # --- Autograd ---------------------------------------------------------------------------------
@@ -178,14 +257,19 @@ torch.library.register_autograd(
 )
 
 
-def _no_double_backward(ctx, *grads):
-    raise NotImplementedError(
-        'bi_wkv is differentiable once only. Call backward or torch.autograd.grad without '
-        'create_graph=True, or use vrwkv_ops.reference.bi_wkv_reference for higher derivatives'
-    )
+def _differentiable_once(name: str) -> None:
+    """Lets a gradient of the operator ``name`` refuse to be differentiated."""
+
+    def refuse(ctx, *grads):
+        raise NotImplementedError(
+            f'{name} is differentiable once only. Call backward or torch.autograd.grad without '
+            f'create_graph=True, or use vrwkv_ops.reference.{name}_reference for higher derivatives'
+        )
+
+    torch.library.register_autograd(f'vrwkv_ops::{name}_backward', refuse, lib=_lib)
 
 
-torch.library.register_autograd('vrwkv_ops::bi_wkv_backward', _no_double_backward, lib=_lib)
+_differentiable_once('bi_wkv')
 
 
 def _q_shift_setup_context(ctx, inputs, output):
@@ -201,6 +285,25 @@ def _q_shift_autograd(ctx, gy):
 torch.library.register_autograd(
     'vrwkv_ops::q_shift', _q_shift_autograd, setup_context=_q_shift_setup_context, lib=_lib
 )
+
+
+def _token_shift_setup_context(ctx, inputs, output):
+    x, mixes, *ctx.shift = inputs
+    ctx.save_for_backward(x, mixes)
+
+
+def _token_shift_autograd(ctx, grads):
+    gx, gmixes = _ops.token_shift_backward(grads, *ctx.saved_tensors, *ctx.shift)
+    return (gx, gmixes, None, None, None, None, None)
+
+
+torch.library.register_autograd(
+    'vrwkv_ops::token_shift',
+    _token_shift_autograd,
+    setup_context=_token_shift_setup_context,
+    lib=_lib,
+)
+_differentiable_once('token_shift')
 
 
 # --- Autocast: k and v take its dtype, w and u stay in the accumulation dtype -------------------

@@ -1,12 +1,20 @@
 """The operators as plain loops: slow, made to be read, and the truth that kernels are held to.
 
-Both are differentiable by PyTorch's autograd and work in any floating dtype and on any device.
+All are differentiable by PyTorch's autograd and work in any floating dtype and on any device.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from vrwkv_ops.checks import accumulation_dtype, check_bi_wkv, check_q_shift, q_shift_bounds
+from vrwkv_ops.checks import (
+    accumulation_dtype,
+    check_bi_wkv,
+    check_q_shift,
+    check_token_shift,
+    shift_bounds,
+)
 
 
 def _states_before(w: Tensor, k: Tensor, v: Tensor, order: range) -> list[tuple]:
@@ -57,8 +65,29 @@ def q_shift_reference(
 ) -> Tensor:
     """Q-Shift, token by token; arguments and result as for :func:`vrwkv_ops.q_shift`."""
     check_q_shift(x, resolution, shift_pixel, channel_gamma)
-    height, width = resolution
-    bounds = q_shift_bounds(x.shape[2], channel_gamma)
+    return _shift(x, resolution, shift_pixel, shift_bounds(x.shape[2], channel_gamma))
+
+
+def token_shift_reference(
+    x: Tensor,
+    mixes: Tensor | Sequence[Tensor],
+    resolution: tuple[int, int] | None = None,
+    shift_pixel: int = 1,
+    channel_gamma: float | None = 1 / 4,
+    mode: str = 'q_shift',
+) -> tuple[Tensor, ...]:
+    """The mixed inputs; arguments and results as for :func:`vrwkv_ops.token_shift`."""
+    check_token_shift(x, mixes, resolution, shift_pixel, channel_gamma, mode)
+    dtype = accumulation_dtype(x.dtype)
+    grid = resolution if mode == 'q_shift' else (1, x.shape[1])
+    own = x.to(dtype)
+    shifted = _shift(own, grid, shift_pixel, shift_bounds(x.shape[2], channel_gamma, mode))
+    mixes = [mix.to(dtype).reshape(-1) for mix in mixes]
+    return tuple((own * mix + shifted * (1 - mix)).to(x.dtype) for mix in mixes)
+
+
+def _shift(x: Tensor, grid: tuple[int, int], shift_pixel: int, bounds: list[int]) -> Tensor:
+    height, width = grid
     s = shift_pixel
     sources = ((0, -s), (0, s), (-s, 0), (s, 0))  # (rows, columns): left, right, above, below
 

@@ -113,7 +113,7 @@ def _exclusive_scan(states: _States, w: Tensor, reverse: bool) -> _States:
     )
 
 
-def _token_sum(x: Tensor) -> Tensor:
+def token_sum(x: Tensor) -> Tensor:
     """Sums (B, T, C) to (C,) as a balanced tree: accurate, and the same bits at every run."""
     x = x.flatten(0, 1)
     while x.shape[0] > 1:
@@ -178,7 +178,7 @@ def backward(
     # Token i weighs e^(k_i - z_t - w n) in the output of token t: at most 1, but for rounding.
     own = (k - z + u).clamp(max=0).exp()
     own_gk = own * gy * (v - y)
-    gu = _token_sum(own_gk)
+    gu = token_sum(own_gk)
     gv, gk = own * gy, own_gk
 
     # gw = -sum_t sum_i (n - n0_t) weight gy_t (v_i - y_t), for any n0_t, as the terms without a
@@ -190,7 +190,7 @@ def backward(
     t = torch.arange(tokens, dtype=w.dtype, device=w.device)[:, None]
     to_end = tokens - 1 - t
     far = t if causal else torch.maximum(t, to_end)
-    gw = _token_sum((far - 1) * grows * own_gk)
+    gw = token_sum((far - 1) * grows * own_gk)
     sums = torch.stack([gy, gy * y])
     for after in (True,) if causal else (True, False):  # sums over t > i, then over t < i
         leaf_factor = (t if after else to_end) - far
@@ -202,7 +202,7 @@ def backward(
         gk_part = weight * (v * sum_g - sum_h)
         gv = gv + weight * sum_g
         gk = gk + gk_part
-        gw = gw - _token_sum(weight * (v * moment_g - moment_h) + i_factor * grows * gk_part)
+        gw = gw - token_sum(weight * (v * moment_g - moment_h) + i_factor * grows * gk_part)
     return gw / scale, gu / scale, gk / scale, gv
 
 
