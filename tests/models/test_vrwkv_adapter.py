@@ -7,6 +7,7 @@ import sys
 import mmcv.ops.multi_scale_deform_attn as deform
 import pytest
 import torch
+from mmengine.runner.checkpoint import load_state_dict as mmengine_load_state_dict
 from torch import nn
 
 from vrwkv.backbones import VRWKV, VRWKVAdapter
@@ -364,6 +365,50 @@ def test_loads_a_classifiers_weights_of_another_size():
     grid = plain.pos_embed.detach().reshape(1, 8, 8, 24).permute(0, 3, 1, 2)
     expected = nn.functional.interpolate(grid, size=(4, 4), mode='bicubic', align_corners=False)
     torch.testing.assert_close(model.pos_embed, expected.flatten(2).transpose(1, 2))
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (
+            lambda w: w.pop('interactions.1.extractor.attn.value_proj.bias'),
+            r'lacks inter.* nothing',
+        ),
+        (
+            lambda w: w.pop('layers.3.att.key.weight'),
+            'lacks layers.3.att.key.weight and has nothing',
+        ),
+        (lambda w: w.pop('norm4.running_var'), 'lacks norm4.running_var'),
+        (
+            lambda w: w.update({'ln1.weight': w['layers.0.ln0.weight']}),
+            'nothing and has ln1.weight',
+        ),
+    ],
+)
+def test_part_of_an_adapter_is_an_error(change, message):
+    """mmengine would log what is missing, and go on."""
+    weights = small().state_dict()
+    change(weights)
+    with pytest.raises(RuntimeError, match=f'does not fit this VRWKVAdapter: .*{message}'):
+        mmengine_load_state_dict(small(), weights, strict=False)
+
+
+def test_another_adapter_is_an_error():
+    weights = small(use_extra_extractor=False).state_dict()
+    with pytest.raises(
+        RuntimeError, match=r'lacks interactions\.3\.extra_extractors.* more and has'
+    ):
+        mmengine_load_state_dict(small(), weights, strict=False)
+    with pytest.raises(RuntimeError, match=r'lacks nothing and has interactions\.3\.extra_extrac'):
+        mmengine_load_state_dict(small(use_extra_extractor=False), small().state_dict())
+
+
+def test_part_of_a_classifier_is_an_error():
+    weights = VRWKV(img_size=64, embed_dims=24, depth=4).state_dict()
+    small().load_state_dict(weights, strict=False)  # without layer scale
+    del weights['layers.2.ffn.value.weight']
+    with pytest.raises(RuntimeError, match=r'lacks layers\.2\.ffn\.value\.weight and has nothing'):
+        mmengine_load_state_dict(small(), weights, strict=False)
 
 
 def test_pretrain_size_is_img_size():
