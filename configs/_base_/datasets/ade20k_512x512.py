@@ -1,0 +1,37 @@
+_base_ = ['mmseg::_base_/datasets/ade20k.py']
+
+test_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='Resize', scale=(2048, 512), keep_ratio=True),
+    dict(type='ResizeToMultiple', size_divisor=32),
+    # After the resizing: what is compared is of the original size.
+    dict(type='LoadAnnotations'),
+    dict(type='PackSegInputs'),
+]
+
+# tools/test.py --tta. mmseg's own scales the original images, and not (2048, 512), by the ratios.
+img_ratios = [0.5, 0.75, 1.0, 1.25, 1.5, 1.75]
+tta_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(
+        type='TestTimeAug',
+        transforms=[
+            [
+                dict(type='Resize', scale=(int(2048 * r), int(512 * r)), keep_ratio=True)
+                for r in img_ratios
+            ],
+            [dict(type='ResizeToMultiple', size_divisor=32)],
+            [
+                dict(type='RandomFlip', prob=0.0, direction='horizontal'),
+                dict(type='RandomFlip', prob=1.0, direction='horizontal'),
+            ],
+            [dict(type='LoadAnnotations')],
+            [dict(type='PackSegInputs')],
+        ],
+    ),
+]
+
+# mmseg's data set, which also refuses labels that do not belong to its classes.
+train_dataloader = dict(batch_size=2, dataset=dict(type='CheckedADE20KDataset'))
+val_dataloader = dict(dataset=dict(type='CheckedADE20KDataset', pipeline=test_pipeline))
+test_dataloader = val_dataloader

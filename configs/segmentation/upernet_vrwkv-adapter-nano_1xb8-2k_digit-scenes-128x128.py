@@ -1,0 +1,42 @@
+_base_ = [
+    '../_base_/models/upernet_vrwkv-adapter.py',
+    '../_base_/datasets/digit_scenes_ade20k.py',
+    '../_base_/schedules/schedule_160k_adamw_layer-decay.py',
+    '../_base_/default_runtime_seg.py',
+]
+
+# From scratch, on images of 128 pixels with digits of 20 to 45: fewer of everything.
+norm_cfg = dict(type='BN', requires_grad=True)  # SyncBN needs a GPU in each of several processes
+model = dict(
+    data_preprocessor=dict(size=(128, 128)),
+    backbone=dict(
+        img_size=128,
+        embed_dims=48,
+        depth=4,
+        drop_path_rate=0.0,
+        conv_inplane=16,
+        interaction_indexes=[[0, 0], [1, 1], [2, 2], [3, 3]],
+        norm_cfg=norm_cfg,
+        init_cfg=None,
+    ),
+    decode_head=dict(in_channels=[48, 48, 48, 48], channels=64, num_classes=11, norm_cfg=norm_cfg),
+    auxiliary_head=dict(in_channels=48, channels=32, num_classes=11, norm_cfg=norm_cfg),
+    test_cfg=dict(mode='whole', crop_size=(128, 128), stride=(85, 85)),
+)
+
+optim_wrapper = dict(
+    type='OptimWrapper',
+    optimizer=dict(lr=2e-3),
+    paramwise_cfg=dict(layer_decay_rate=1.0),  # nothing pre-trained to keep
+)
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.01, begin=0, end=100, by_epoch=False),
+    dict(type='PolyLR', power=1.0, eta_min=0.0, begin=100, end=2000, by_epoch=False),
+]
+train_cfg = dict(max_iters=2000, val_interval=500)
+auto_scale_lr = dict(base_batch_size=8)
+
+default_hooks = dict(
+    logger=dict(interval=50), checkpoint=dict(interval=500, max_keep_ckpts=1, save_best=None)
+)
+randomness = dict(seed=0)
