@@ -70,7 +70,7 @@ def train(argv: list[str] | None = None) -> None:
         cfg.auto_scale_lr.enable = True
     _set_precision(cfg, args.amp)
     make_resumable(cfg)
-    _build_runner(cfg).train()
+    build_runner(cfg).train()
 
 
 def test(argv: list[str] | None = None) -> None:
@@ -117,7 +117,7 @@ def test(argv: list[str] | None = None) -> None:
     writer = None
     if args.out and args.out_item == 'pred':
         writer = _prediction_writer(cfg, args.out)
-    runner = _build_runner(cfg)
+    runner = build_runner(cfg)
     if writer:
         runner.test_evaluator.metrics.append(writer)
     metrics = runner.test()
@@ -180,6 +180,16 @@ def _load_config(args: argparse.Namespace) -> Config:
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:
         cfg.work_dir = str(Path('work_dirs', Path(args.config).stem))
+    complete_loaders(cfg)
+    return cfg
+
+
+def complete_loaders(cfg: Config) -> None:
+    """Give data loaders what the libraries leave to their own tools to add.
+
+    Args:
+        cfg (Config): The config, changed in place.
+    """
     for split in ('train', 'val', 'test'):
         loader = cfg.get(f'{split}_dataloader')
         if loader is None:
@@ -191,10 +201,17 @@ def _load_config(args: argparse.Namespace) -> Config:
         if loader.get('num_workers', 0) == 0:  # PyTorch refuses them without workers
             loader.pop('persistent_workers', None)
             loader.pop('prefetch_factor', None)
-    return cfg
 
 
-def _build_runner(cfg: Config) -> Runner:
+def build_runner(cfg: Config) -> Runner:
+    """Build the config's runner, a :class:`VRWKVRunner` unless it names another.
+
+    Args:
+        cfg (Config): The config.
+
+    Returns:
+        Runner: The runner.
+    """
     return RUNNERS.build(cfg) if 'runner_type' in cfg else VRWKVRunner.from_cfg(cfg)
 
 
