@@ -209,7 +209,7 @@ def test_runner_of_the_config(toy_config, tmp_path):
 
     cfg = Config.fromfile(toy_config(changes="runner_type = 'OtherRunner'"))
     cfg.work_dir = str(tmp_path / 'w')
-    assert type(cli._build_runner(cfg)).__name__ == 'OtherRunner'
+    assert type(cli.build_runner(cfg)).__name__ == 'OtherRunner'
 
 
 def test_classifier_from_training_to_drawings(image_folder, load, tmp_path):
