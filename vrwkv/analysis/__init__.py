@@ -1,5 +1,15 @@
-"""Analysis of the models."""
+"""Analysis of the models: FLOPs and receptive fields.
 
-from .flops import FlopAnalyzer
+:mod:`.drawing`, which the tools draw with, needs matplotlib and is imported by itself.
+"""
 
-__all__ = ['FlopAnalyzer']
+from .flops import Complexity, FlopAnalyzer, complexity
+from .receptive_field import area_of_share, effective_receptive_field
+
+__all__ = [
+    'Complexity',
+    'FlopAnalyzer',
+    'area_of_share',
+    'complexity',
+    'effective_receptive_field',
+]
