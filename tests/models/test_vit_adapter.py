@@ -92,6 +92,7 @@ def test_vit_forward():
     x = 1e-3 * torch.randn(2, 3, 48, 80)
     (out,) = model(x)
     assert out.shape == (2, 24, 3, 5)
+    assert out.is_contiguous()
     model.ln1 = None
     (raw,) = model(x)
     expected = nn.functional.layer_norm(raw.movedim(1, -1), (24,), eps=1e-6).movedim(-1, 1)

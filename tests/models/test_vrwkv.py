@@ -129,6 +129,7 @@ def test_outputs_come_in_the_order_of_layers():
     model = VRWKV(**SMALL | {'depth': 3, 'out_indices': [-1, 0]}).eval()
     image = torch.randn(1, 3, 32, 32)
     first, last = model(image)
+    assert first.is_contiguous() and last.is_contiguous()
     # Only the last one is normalised: zero mean and unit variance over channels.
     assert torch.allclose(last.mean(1), torch.zeros(1, 4, 4), atol=1e-5)
     tokens, resolution = model.embed(image)

@@ -90,7 +90,7 @@ def test_any_multiple_of_32(size, fuse):
     assert [o.shape for o in outputs] == [
         (2, 24, size[0] // s, size[1] // s) for s in (4, 8, 16, 32)
     ]
-    assert all(o.isfinite().all() for o in outputs)
+    assert all(o.isfinite().all() and o.is_contiguous() for o in outputs)
     assert [name for name, grad in grads.items() if grad is None or not grad.isfinite().all()] == []
 
 

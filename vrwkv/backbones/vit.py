@@ -279,7 +279,8 @@ class ViT(BaseModule):
             x = layer(x, resolution)
         if self.ln1 is not None:
             x = self.ln1(x)
-        return (x.transpose(1, 2).unflatten(2, resolution),)
+        # Contiguous: mmcv's RoIAlign reads memory as if every map were.
+        return (x.transpose(1, 2).unflatten(2, resolution).contiguous(),)
 
     # Both name their parameters alike, so the depths are alike.
     get_layer_depth = VRWKV.get_layer_depth

@@ -158,7 +158,8 @@ class VRWKV(BaseModule):
             if i == self.depth - 1 and self.ln1 is not None:
                 x = self.ln1(x)
             if i in self.out_indices:
-                outs.append(x.transpose(1, 2).unflatten(2, resolution))
+                # Contiguous: mmcv's RoIAlign reads memory as if every map were.
+                outs.append(x.transpose(1, 2).unflatten(2, resolution).contiguous())
         return tuple(outs)
 
     def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:

@@ -235,7 +235,8 @@ class AdapterMixin:
                 for m, feature in zip(maps, features, strict=True)
             ]
         norms = (self.norm1, self.norm2, self.norm3, self.norm4)
-        return tuple(norm(m) for norm, m in zip(norms, maps, strict=True))
+        # Contiguous: mmcv's RoIAlign reads memory as if every map were.
+        return tuple(norm(m.contiguous()) for norm, m in zip(norms, maps, strict=True))
 
     def train(self, mode: bool = True) -> AdapterMixin:
         """Set training mode, save for what is frozen."""
