@@ -51,6 +51,15 @@ def is_newer(path: Path, than: Path) -> bool:
     return path.is_file() and path.stat().st_mtime >= than.stat().st_mtime
 
 
+def write_config(source: Path, out: Path, options: dict) -> Path:
+    """Write a config with some settings changed."""
+    cfg = Config.fromfile(source)
+    cfg.merge_from_dict(options)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    cfg.dump(out)
+    return out
+
+
 def train(config: Path, work_dir: Path) -> Path:
     """Train, unless that is done, and return the last checkpoint."""
     cfg = Config.fromfile(config)

@@ -14,7 +14,7 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 import torch
-from digits_demo import ROOT, is_newer, test, train
+from digits_demo import ROOT, is_newer, test, train, write_config
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from mmengine.runner import load_checkpoint
@@ -42,16 +42,6 @@ def write_labels(data_root: Path, seed: int) -> Path:
     return out
 
 
-def write_config(folder: Path, name: str, options: dict) -> Path:
-    """Write the config of that name with some settings changed."""
-    cfg = Config.fromfile(path_of(name))
-    cfg.merge_from_dict(options)
-    folder.mkdir(parents=True, exist_ok=True)
-    out = folder / f'{name}.py'
-    cfg.dump(out)
-    return out
-
-
 def path_of(name: str) -> Path:
     """Say where the config of that name lies."""
     return CONFIGS / f'{name}.py'
@@ -68,7 +58,7 @@ def compare(
 
     def fit(name: str, extra: dict) -> tuple[Path, Path]:
         changes = {'randomness.seed': seed} | extra | options(name)
-        config = write_config(work_dir / 'configs', name, changes)
+        config = write_config(path_of(name), work_dir / f'configs/{name}.py', changes)
         return config, train(config, work_dir / name)
 
     _, pretrained = fit(PRETRAIN, {})

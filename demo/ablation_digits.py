@@ -1,0 +1,218 @@
+"""Train the five models of the paper's ablation (table 5), small, on digits, and compare them.
+
+The digits lie at random places, so that a model must put one together from some 20 of its 64 tokens
+wherever it lies. What is already done is not done again, and an interrupted training goes on from
+its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from digits_demo import ROOT, test, train, write_config
+from mmengine.config import Config
+from PIL import Image
+
+from vrwkv.analysis.drawing import COLOURS, picture, table, write_json
+from vrwkv_cls.datasets import write_digits
+
+CONFIGS = ROOT / 'configs/classification'
+CONFIG = CONFIGS / 'ablation/vrwkv-nano_1xb64-8e_scattered-digits.py'
+CANVAS = 48  # pixels
+SIDES = (24, 32)  # pixels; the smallest and the largest digit
+PLACES = dict(train=2, val=3)  # how often each digit is placed
+
+
+class Variant(NamedTuple):
+    """A row of the paper's table 5."""
+
+    config: str  #: Its ImageNet config, below ``configs/classification``.
+    shift: str
+    bidirectional: bool
+    paper: float  #: The paper's top-1 accuracy on ImageNet-1K.
+
+
+VARIANTS = {
+    'RWKV': Variant('ablation/vrwkv-tiny_rwkv_8xb128_in1k', 'original', False, 71.1),
+    'Variant 1': Variant('ablation/vrwkv-tiny_no-shift_8xb128_in1k', 'none', True, 71.5),
+    'Variant 2': Variant('ablation/vrwkv-tiny_single-shift_8xb128_in1k', 'original', True, 74.4),
+    'Variant 3': Variant('ablation/vrwkv-tiny_causal_8xb128_in1k', 'Q-Shift', False, 72.8),
+    'VRWKV': Variant('vrwkv-tiny_8xb128_in1k', 'Q-Shift', True, 75.1),
+}
+FULL = 'VRWKV'
+
+
+def scatter(digits: Path, out: Path) -> Path:
+    """Write every digit of a folder at random places and sizes on black, always the same ones.
+
+    Args:
+        digits: Folder ``{train,val}/<digit>/*.png``.
+        out: The folder to write likewise; it appears whole or not at all.
+
+    Returns:
+        ``out``.
+    """
+    if out.exists():
+        return out
+    part = out.with_name(out.name + '.part')
+    shutil.rmtree(part, ignore_errors=True)
+    for split, places in PLACES.items():
+        rng = np.random.default_rng(tuple(split.encode()))
+        for path in sorted((digits / split).glob('*/*.png')):
+            folder = part / split / path.parent.name
+            folder.mkdir(parents=True, exist_ok=True)
+            digit = Image.open(path)
+            for place in range(places):
+                side = int(rng.integers(SIDES[0], SIDES[1] + 1))
+                corner = tuple(int(n) for n in rng.integers(0, CANVAS - side + 1, 2))
+                image = Image.new('L', (CANVAS, CANVAS))
+                image.paste(digit.resize((side, side), Image.Resampling.BICUBIC), corner)
+                image.save(folder / f'{path.stem}-{place}.png')
+    part.replace(out)
+    return out
+
+
+def settings(name: str) -> dict:
+    """Read off its ImageNet config what makes a variant, as options for the small config."""
+    backbone = Config.fromfile(CONFIGS / f'{VARIANTS[name].config}.py').model.backbone
+    return {
+        f'model.backbone.{key}': backbone[key]
+        for key in ('shift_mode', 'causal')
+        if key in backbone
+    }
+
+
+def fit(name: str, seed: int, work_dir: Path, options: dict) -> float:
+    """Train a variant with a seed, unless that is done, and return its accuracy in percent."""
+    run = f'{name.lower().replace(" ", "-")}-seed{seed}'
+    changes = settings(name) | {'randomness.seed': seed} | options
+    config = write_config(CONFIG, work_dir / f'configs/{run}.py', changes)
+    checkpoint = train(config, work_dir / run)
+    accuracy = validated(work_dir / run)
+    return test(config, checkpoint) if accuracy is None else accuracy
+
+
+def validated(work_dir: Path) -> float | None:
+    """Read the accuracy that a training ended with; None if it was killed before that."""
+    for log in sorted(work_dir.glob('2*/vis_data/scalars.json'), reverse=True):  # by date
+        for line in reversed(log.read_text().splitlines()):
+            if 'accuracy/top1' in (entry := json.loads(line)):
+                return entry['accuracy/top1']
+    return None
+
+
+def rows(results: dict[str, list[float]]) -> list[tuple[str, ...]]:
+    """Write accuracies by variant and seed as rows of the printed table."""
+    lines = []
+    for name, accuracies in results.items():
+        variant = VARIANTS[name]
+        gaps = [a - full for a, full in zip(accuracies, results[FULL], strict=True)]
+        lines.append(
+            (
+                name,
+                variant.shift,
+                'yes' if variant.bidirectional else 'no',
+                *(f'{a:.2f}' for a in accuracies),
+                spread(accuracies),
+                '' if name == FULL else spread(gaps),
+                f'{variant.paper:.1f}',
+                '' if name == FULL else f'{variant.paper - VARIANTS[FULL].paper:.1f}',
+            )
+        )
+    return lines
+
+
+def spread(values: Sequence[float]) -> str:
+    """Write a mean, with the standard deviation where there are several values."""
+    mean = f'{statistics.mean(values):.2f}'
+    return f'{mean} ± {statistics.stdev(values):.2f}' if len(values) > 1 else mean
+
+
+def draw(results: dict[str, list[float]], out: Path) -> None:
+    """Draw every run's accuracy and the means, beside the paper's."""
+    names = list(results)
+    seeds = len(results[FULL])
+    with picture(out, 1, 2, figsize=(11, 3.6), sharey=True) as (fig, (ours, paper)):
+        means = [statistics.mean(results[name]) for name in names]
+        lowest = min(map(min, results.values()))
+        for axes, values, start, colour in (
+            (ours, means, lowest - 0.15 * (100 - lowest), COLOURS[1]),
+            (paper, [VARIANTS[name].paper for name in names], 69.0, COLOURS[5]),
+        ):
+            widths = [value - start for value in values]
+            bars = axes.barh(names, widths, left=start, color=colour, height=0.6)
+            axes.set_xlim(left=start)
+            axes.grid(axis='y', visible=False)
+            ink = 'white' if axes is ours else 'black'
+            labels = [f'{value:.1f}' for value in values]
+            axes.bar_label(bars, labels, label_type='center', color=ink, fontweight='bold')
+        for y, name in enumerate(names):
+            ours.plot(results[name], [y] * seeds, 'o', color='black', mfc='white', ms=6)
+        ours.invert_yaxis()
+        ours.set(xlabel=f'top-1 (%), scattered digits, {seeds} seeds (dots) and their mean')
+        paper.set(xlabel='top-1 (%), ImageNet-1K: the paper, not measured here')
+        labels = [
+            f'{name}\n{VARIANTS[name].shift} shift, '
+            f'{"both directions" if VARIANTS[name].bidirectional else "causal"}'
+            for name in names
+        ]
+        ours.set_yticks(range(len(names)), labels)
+        fig.suptitle('What token shift and bidirectional attention bring', fontsize=13)
+
+
+def run(
+    work_dir: Path,
+    data: Path,
+    seeds: Sequence[int] = (0, 1, 2),
+    options: Callable[[Path], dict] = lambda root: {},
+) -> None:
+    """Train all variants with each seed, print the table, write it and draw it.
+
+    Args:
+        work_dir: Where everything is written.
+        data: Folder of the folders of digits, which are written where they are missing.
+        seeds: Of the weights and of the order of the images. At least one.
+        options: Gives, for the folder of scattered digits, settings to change in the config.
+    """
+    root = scatter(write_digits(data / 'digits'), data / 'scattered_digits')
+    changes = {
+        f'{split}_dataloader.dataset.data_root': str(root) for split in ('train', 'val', 'test')
+    } | options(root)
+    results: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    for seed in seeds:
+        for name, accuracies in results.items():
+            accuracies.append(fit(name, seed, work_dir, changes))
+    header = ('method', 'token shift', 'bidirectional', *(f'seed {seed}' for seed in seeds))
+    header += ('mean ± sd' if len(seeds) > 1 else 'mean', 'gap', 'paper, ImageNet', 'gap')
+    printed = table(header, rows(results))
+    draw(results, work_dir / 'ablation.png')
+    write_json(work_dir / 'ablation.json', dict(seeds=list(seeds), top1=results))
+    print(f"""
+Top-1 accuracy in percent on {len(list(root.glob('val/*/*.png')))} images of held-out digits; the \
+paper's is on ImageNet-1K:
+
+{printed}
+
+Picture: {work_dir / 'ablation.png'}""")
+
+
+def main() -> None:
+    """Run the ladder from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+    parser.add_argument(
+        '--work-dir', type=Path, default=ROOT / 'work_dirs/ablation', help='default: %(default)s'
+    )
+    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2], help='default: 0 1 2')
+    args = parser.parse_args()
+    run(args.work_dir.resolve(), ROOT / 'data', args.seeds)
+
+
+if __name__ == '__main__':
+    main()
