@@ -18,10 +18,17 @@ import matplotlib as mpl
 import numpy as np
 from mmengine.config import Config
 
-from vrwkv_cls.datasets import write_digits
+import vrwkv.engine  # noqa: F401 (configs that inherit from a library's, under onedl too)
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / 'configs/classification/vrwkv-nano_1xb64_digits.py'
+
+# What makes a training another one: resuming with other values would mix the two.
+SETTINGS = (
+    *(f'model.{part}' for part in ('backbone', 'neck', 'head', 'rpn_head', 'roi_head')),
+    'optim_wrapper',
+    'param_scheduler',
+)
 
 # Told apart by the colour-blind too.
 RIGHT, WRONG = '#00876c', '#d1495b'
@@ -66,7 +73,7 @@ def train(config: Path, work_dir: Path) -> Path:
     used = work_dir / config.name
     if used.is_file():
         before = Config.fromfile(used)
-        for key in ('model.backbone', 'model.head', 'optim_wrapper', 'param_scheduler'):
+        for key in SETTINGS:
             if _lookup(before, key) != _lookup(cfg, key):
                 raise SystemExit(
                     f'{work_dir} holds a training with another {key} than {config} has now: '
@@ -80,18 +87,23 @@ def train(config: Path, work_dir: Path) -> Path:
 
 def _lookup(cfg: Config, key: str) -> object:
     for part in key.split('.'):
-        cfg = cfg[part]
+        cfg = cfg.get(part, {})
     return cfg
 
 
 def test(config: Path, checkpoint: Path) -> float:
     """Test the checkpoint, unless that is done, and return the top-1 accuracy in percent."""
+    return measure(config, checkpoint)['accuracy/top1']
+
+
+def measure(config: Path, checkpoint: Path) -> dict[str, float]:
+    """Test the checkpoint, unless that is done, and return all metrics by name."""
     out = checkpoint.with_name('metrics.json')
     if not is_newer(out, checkpoint):
         work_dir = checkpoint.parent / 'test'
         args = ('--work-dir', work_dir, '--out', out, '--out-item', 'metrics')
         run_tool('test.py', config, checkpoint, *args)
-    return json.loads(out.read_text())['accuracy/top1']
+    return json.loads(out.read_text())
 
 
 def predict(config: Path, checkpoint: Path, folder: Path) -> list[Prediction]:
@@ -167,6 +179,9 @@ def _draw_tile(axes: mpl.axes.Axes, prediction: Prediction) -> None:
 
 def main() -> None:
     """Run the demo from the command line."""
+    # Not above: the demos of the other tasks share this file, and need no mmpretrain.
+    from vrwkv_cls.datasets import write_digits
+
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
     parser.add_argument('config', nargs='?', default=CONFIG, type=Path, help='default: %(default)s')
     parser.add_argument(
