@@ -1,5 +1,9 @@
-"""What all tests share: GPU tests are skipped without a GPU, threads are few, and small data."""
+"""What all tests share: no GPU tests without a GPU, few threads, small data, running the tools."""
 
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -49,3 +53,43 @@ def image_folder(tmp_path_factory) -> Path:
                 pixels = rng.integers(level - 60, level + 60, (32, 32, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / f'{name}{index}.png')
     return root
+
+
+@pytest.fixture
+def run(repository, tmp_path):
+    """Run a tool in a process of its own, in a folder other than the checkout."""
+
+    def run(tool, *args, check=True, **environment):
+        command = [str(repository / 'tools' / tool), *map(str, args)]
+        if tool.endswith('.py'):
+            command.insert(0, sys.executable)
+        path = f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'
+        result = subprocess.run(
+            command,
+            cwd=tmp_path,
+            env={**os.environ, 'PATH': path, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=300,
+        )
+        assert not check or result.returncode == 0, result.stdout
+        return result
+
+    return run
+
+
+@pytest.fixture
+def free_port():
+    """A port for processes that train together."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        return str(free.getsockname()[1])
+
+
+@pytest.fixture
+def load():
+    """Read a checkpoint written by a test."""
+    import vrwkv.engine  # noqa: F401  (allows what mmengine saves)
+
+    return lambda path: torch.load(path, weights_only=True)

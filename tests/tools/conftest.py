@@ -1,8 +1,5 @@
 """Toy configs, and running the tools on them."""
 
-import os
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -68,35 +65,3 @@ def toy_config(tmp_path):
         return path
 
     return write
-
-
-@pytest.fixture
-def run(repository, tmp_path):
-    """Run a tool in a process of its own, in a folder other than the checkout."""
-
-    def run(tool, *args, check=True, **environment):
-        command = [str(repository / 'tools' / tool), *map(str, args)]
-        if tool.endswith('.py'):
-            command.insert(0, sys.executable)
-        path = f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'
-        result = subprocess.run(
-            command,
-            cwd=tmp_path,
-            env={**os.environ, 'PATH': path, **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=300,
-        )
-        assert not check or result.returncode == 0, result.stdout
-        return result
-
-    return run
-
-
-@pytest.fixture
-def load():
-    """Read a checkpoint written by a test."""
-    import vrwkv.engine  # noqa: F401  (allows what mmengine saves)
-
-    return lambda path: torch.load(path, weights_only=True)

@@ -1,7 +1,6 @@
 """Several processes on a CPU do what one process does; the shell scripts around them."""
 
 import json
-import socket
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -19,18 +18,11 @@ train_cfg = dict(by_epoch=True, max_epochs=2)
 """
 
 
-def free_port():
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        return str(free.getsockname()[1])
-
-
-def test_two_machines_train_like_one_process(toy_config, run, load, tmp_path):
+def test_two_machines_train_like_one_process(toy_config, run, load, free_port, tmp_path):
     """Two 'machines' of one process each, started as a user would, against one process."""
     one = toy_config('one', DETERMINISTIC)
     cli.train([str(one), '--work-dir', str(tmp_path / 'one')])
     two = toy_config('two', f"{DETERMINISTIC}\ntrain_dataloader['batch_size'] = 2")
-    port = free_port()
 
     def machine(rank):
         return run(
@@ -41,7 +33,7 @@ def test_two_machines_train_like_one_process(toy_config, run, load, tmp_path):
             tmp_path / 'two',
             NNODES='2',
             NODE_RANK=str(rank),
-            PORT=port,
+            PORT=free_port,
         )
 
     with ThreadPoolExecutor() as pool:
@@ -54,7 +46,7 @@ def test_two_machines_train_like_one_process(toy_config, run, load, tmp_path):
     assert (untrained['head.weight'] - expected['state_dict']['head.weight']).abs().max() > 1e-2
 
 
-def test_two_processes_measure_like_one(toy_config, run, tmp_path):
+def test_two_processes_measure_like_one(toy_config, run, free_port, tmp_path):
     import toy
 
     torch.manual_seed(0)
@@ -64,7 +56,7 @@ def test_two_processes_measure_like_one(toy_config, run, tmp_path):
     outs = [tmp_path / f'{number}.json' for number in (1, 2)]
     options = ['--work-dir', str(tmp_path / 'work'), '--out-item', 'metrics', '--out']
     cli.test([str(config), str(weights), *options, str(outs[0])])
-    run('dist_test.sh', config, weights, 2, *options, outs[1], PORT=free_port())
+    run('dist_test.sh', config, weights, 2, *options, outs[1], PORT=free_port)
     one, two = (json.loads(out.read_text()) for out in outs)
     assert one['toy/count'] == two['toy/count'] == 23
     # The double-precision mean over samples, of logits from batches of other sizes.
@@ -74,10 +66,10 @@ def test_two_processes_measure_like_one(toy_config, run, tmp_path):
 @pytest.mark.parametrize(
     'layers', ["model = dict(type='ToyModel', norm='SyncBatchNorm')", "sync_bn = 'torch'"]
 )
-def test_sync_batch_norm_on_a_cpu(layers, toy_config, load, tmp_path, monkeypatch):
+def test_sync_batch_norm_on_a_cpu(layers, toy_config, load, free_port, tmp_path, monkeypatch):
     """A distributed run of one process, in this process."""
     environment = dict(
-        RANK='0', LOCAL_RANK='0', WORLD_SIZE='1', MASTER_ADDR='127.0.0.1', MASTER_PORT=free_port()
+        RANK='0', LOCAL_RANK='0', WORLD_SIZE='1', MASTER_ADDR='127.0.0.1', MASTER_PORT=free_port
     )
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

@@ -1,0 +1,503 @@
+"""Detection: the neck, what is registered, checkpoints from elsewhere, and wrong data."""
+
+import json
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from mmdet.apis import DetInferencer, init_detector
+from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
+from mmdet.registry import DATASETS, MODELS
+from mmengine.config import Config
+from mmengine.registry import DefaultScope
+from mmengine.runner import load_checkpoint
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+
+import vrwkv.backbones
+from vrwkv_det.datasets import CheckedCocoDataset
+from vrwkv_det.simple_fpn import SimpleFPN
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / 'configs/detection'
+
+
+def build(model):
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        return MODELS.build(model)
+
+
+# --- what is registered -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('name', ['VRWKV', 'VRWKVAdapter', 'ViT', 'ViTAdapter'])
+def test_mmdet_has_the_very_classes(name):
+    assert MODELS.get(name) is getattr(vrwkv.backbones, name)
+
+
+@pytest.mark.parametrize(
+    ('package', 'command'),
+    [
+        ('vrwkv_ops', 'pip install ./vrwkv_ops'),
+        ('mmdet', "pip install -e '.[detection]'"),
+        ('mmcv._ext', 'pip uninstall -y mmcv-lite mmcv && pip install --no-build-isolation mmcv'),
+    ],
+)
+def test_a_missing_package_is_named_with_its_remedy(package, command):
+    """``mmcv._ext`` is what mmcv-lite lacks."""
+    code = f"""
+import sys
+
+class NotInstalled:
+    def find_spec(self, name, *_):
+        if name == {package!r}:
+            raise ModuleNotFoundError(f'No module named {{name!r}}', name=name)
+
+sys.meta_path.insert(0, NotInstalled())
+import vrwkv_det
+"""
+    process = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert process.returncode == 1
+    last = process.stderr.strip().split('\n')[-1]
+    assert last.startswith(f'ImportError: vrwkv_det needs the package {package!r}')
+    assert command in last
+
+
+# --- the pyramid of a plain backbone ------------------------------------------------------------
+
+
+def layer_norm(x, module):
+    mean, var = x.mean(1, keepdim=True), x.var(1, keepdim=True, unbiased=False)
+    scale, shift = (p[:, None, None] for p in (module.weight, module.bias))
+    return (x - mean) / (var + module.eps).sqrt() * scale + shift
+
+
+def test_simple_fpn_by_hand():
+    """ViTDet's levels, from the weights and torch's functions."""
+    torch.manual_seed(0)
+    neck = SimpleFPN(in_channels=8, out_channels=6, num_outs=6).double()
+    for parameter in neck.parameters():
+        nn.init.normal_(parameter)
+    x = torch.randn(2, 8, 4, 6, dtype=torch.float64)
+    first, norm, _, second = neck.resizes[0]
+    up = F.conv_transpose2d(x, first.weight, first.bias, stride=2)
+    up = F.conv_transpose2d(F.gelu(layer_norm(up, norm)), second.weight, second.bias, stride=2)
+    once = F.conv_transpose2d(x, neck.resizes[1].weight, neck.resizes[1].bias, stride=2)
+    halved = x.reshape(2, 8, 2, 2, 3, 2).amax((3, 5))
+    expected = []
+    for level, lateral, conv in zip(
+        (up, once, x, halved), neck.lateral_convs, neck.fpn_convs, strict=True
+    ):
+        level = layer_norm(F.conv2d(level, lateral.conv.weight), lateral.norm)
+        expected.append(layer_norm(F.conv2d(level, conv.conv.weight, padding=1), conv.norm))
+    expected.append(expected[-1][:, :, ::2, ::2])
+    expected.append(expected[-1][:, :, ::2, ::2])
+    outs = neck((x,))
+    assert [out.shape[2:] for out in outs] == [(16, 24), (8, 12), (4, 6), (2, 3), (1, 2), (1, 1)]
+    torch.testing.assert_close(list(outs), expected)
+    assert {conv.out_channels for conv in neck.lateral_convs} == {6}
+    # A quarter and half of the channels remain in the enlarged maps.
+    assert [conv.in_channels for conv in neck.lateral_convs] == [2, 4, 8, 8]
+
+
+def test_simple_fpn_takes_other_norms():
+    neck = build(dict(type='SimpleFPN', in_channels=8, norm_cfg=dict(type='BN')))
+    assert len([m for m in neck.modules() if isinstance(m, nn.BatchNorm2d)]) == 9
+
+
+@pytest.mark.parametrize(
+    ('kwargs', 'message'),
+    [
+        (dict(in_channels=10), 'multiple of 4.*got 10'),
+        (dict(in_channels=0), 'multiple of 4.*got 0'),
+        (dict(in_channels=8, num_outs=3), 'num_outs must be at least 4.*got 3'),
+    ],
+)
+def test_simple_fpn_refuses(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        SimpleFPN(**kwargs)
+
+
+def test_simple_fpn_wants_one_map():
+    x = torch.zeros(1, 8, 2, 2)
+    with pytest.raises(ValueError, match='takes one map, got 2'):
+        SimpleFPN(in_channels=8)((x, x))
+
+
+# --- regions of interest ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+def test_roi_features_are_those_of_the_map(dtype, memory_format):
+    """Against torchvision's operator; mmcv's would misread one, and not take the other."""
+    torch.manual_seed(0)
+    layer = dict(type='RoIAlign', output_size=7, sampling_ratio=2)
+    extractor = SingleRoIExtractor(layer, out_channels=3, featmap_strides=[4, 8])
+    maps = [torch.randn(2, 3, side, side).to(dtype) for side in (300, 150)]
+    maps = [m.to(memory_format=memory_format) for m in maps]
+    # At these coordinates, bfloat16 would move the first by up to 4 pixels.
+    rois = torch.tensor([[0, 1001.0, 1003.0, 1050.0, 1060.0], [1, 5.0, 10.0, 300.0, 400.0]])
+    with torch.autocast('cpu', torch.bfloat16, enabled=dtype == torch.bfloat16):
+        got = extractor(maps, rois)
+    for i, level in enumerate((0, 1)):
+        scale = 1 / (4, 8)[level]
+        expected = torchvision.ops.roi_align(
+            maps[level].float(), rois[i : i + 1], 7, scale, 2, aligned=True
+        )
+        # Float32 means of four samples, in another order.
+        torch.testing.assert_close(got[i : i + 1], expected, rtol=1e-5, atol=1e-6)
+
+
+# --- weights ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def golden():
+    """Weights, images and outputs of upstream's adapter."""
+    return torch.load(ROOT / 'tests/data/golden/det_adapter_tiny.pt', weights_only=True)
+
+
+@pytest.fixture
+def config(golden):
+    """The config of Tiny, with an adapter of the size of upstream's numbers."""
+    cfg = Config.fromfile(CONFIGS / 'mask-rcnn_vrwkv-adapter-tiny_fpn_1x_coco.py')
+    cfg.model.backbone.update(golden['config'])
+    cfg.model.neck.in_channels = 4 * [golden['config']['embed_dims']]
+    return cfg
+
+
+def mmdet_2_weights(dims, classes=80):
+    """Names and shapes of mmdet 2.28's neck and heads of mask_rcnn_r50_fpn, as upstream has."""
+    shapes = {}
+
+    def layer(name, *shape, bias=None):
+        shapes[f'{name}.weight'] = shape
+        shapes[f'{name}.bias'] = (bias or shape[0],)
+
+    for i in range(4):
+        layer(f'neck.lateral_convs.{i}.conv', 256, dims, 1, 1)
+        layer(f'neck.fpn_convs.{i}.conv', 256, 256, 3, 3)
+        layer(f'roi_head.mask_head.convs.{i}.conv', 256, 256, 3, 3)
+    layer('rpn_head.rpn_conv', 256, 256, 3, 3)
+    layer('rpn_head.rpn_cls', 3, 256, 1, 1)
+    layer('rpn_head.rpn_reg', 12, 256, 1, 1)
+    layer('roi_head.bbox_head.shared_fcs.0', 1024, 256 * 7 * 7)
+    layer('roi_head.bbox_head.shared_fcs.1', 1024, 1024)
+    layer('roi_head.bbox_head.fc_cls', classes + 1, 1024)
+    layer('roi_head.bbox_head.fc_reg', 4 * classes, 1024)
+    layer('roi_head.mask_head.upsample', 256, 256, 2, 2)
+    layer('roi_head.mask_head.conv_logits', classes, 256, 1, 1)
+    generator = torch.Generator().manual_seed(0)
+    return {k: 0.01 * torch.randn(shape, generator=generator) for k, shape in shapes.items()}
+
+
+@pytest.fixture
+def released(golden, tmp_path):
+    """A file as upstream's detection checkpoints are: written by mmdet 2."""
+    weights = {f'backbone.{key}': value for key, value in golden['state_dict'].items()}
+    weights |= mmdet_2_weights(golden['config']['embed_dims'])
+    meta = dict(
+        mmdet_version='2.28.2+788f918',
+        config='model = dict(...)',
+        CLASSES=CheckedCocoDataset.METAINFO['classes'],
+        PALETTE=CheckedCocoDataset.METAINFO['palette'],
+        epoch=12,
+        iter=87960,
+        hook_msgs={},
+    )
+    path = tmp_path / 'mask_rcnn_vrwkv_adapter_tiny_fpn_1x_coco.pth'
+    torch.save(dict(meta=meta, state_dict=weights), path)
+    return path
+
+
+def assert_loaded(model, path):
+    """Every tensor of the file is in the model, and none else."""
+    expected = torch.load(path, weights_only=True)['state_dict']
+    actual = model.state_dict()
+    assert set(actual) == set(expected)
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
+
+
+def test_released_detector_fits_strictly(config, released, golden):
+    model = build(config.model)
+    load_checkpoint(model, str(released), map_location='cpu', strict=True)
+    assert_loaded(model, released)
+    model.eval()
+    with torch.no_grad():
+        outputs = model.backbone(golden['input'])
+    for output, expected in zip(outputs, golden['outputs'], strict=True):
+        # What float32 upstream numbers allow.
+        assert (output - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_released_detector_in_mmdets_interfaces(config, released):
+    """They load loosely, so they must have found every tensor, and the class names."""
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        detector = init_detector(config.copy(), str(released), device='cpu')
+        inferencer = DetInferencer(config.copy(), str(released), device='cpu', show_progress=False)
+    for model in (detector, inferencer.model):
+        assert_loaded(model, released)
+        assert model.dataset_meta['classes'][:2] == ('person', 'bicycle')
+    image = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
+    inferencer.model.test_cfg.rcnn.score_thr = 0.0
+    (prediction,) = inferencer(image)['predictions']
+    assert len(prediction['labels']) == len(prediction['masks']) > 0
+
+
+@pytest.mark.parametrize('wrapped', [True, False])
+def test_classifiers_weights_leave_only_what_is_the_adapters(config, golden, tmp_path, wrapped):
+    """Upstream's (wrapped, no layer scale in Tiny, a head) and bare ones, of another size."""
+    torch.manual_seed(1)
+    plain = vrwkv.backbones.VRWKV(img_size=96, embed_dims=24, depth=4)
+    nn.init.normal_(plain.pos_embed)
+    weights = {f'backbone.{key}': value for key, value in plain.state_dict().items()}
+    weights['head.fc.weight'] = torch.zeros(1000, 24)
+    path = tmp_path / 'vrwkv_t_in1k_224.pth'
+    torch.save(dict(state_dict=weights, meta={}) if wrapped else weights, path)
+    config.model.backbone.init_cfg.checkpoint = str(path)
+    model = build(config.model)
+    own = {k: v.clone() for k, v in model.backbone.state_dict().items()}
+    model.init_weights()
+    grid = plain.pos_embed.detach().reshape(1, 6, 6, 24).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=(4, 4), mode='bicubic', align_corners=False)
+    expected = plain.state_dict() | dict(pos_embed=grid.flatten(2).transpose(1, 2))
+    for name, value in model.backbone.state_dict().items():
+        torch.testing.assert_close(value, expected.get(name, own[name]), rtol=0, atol=0, msg=name)
+    untouched = set(own) - set(expected)
+    assert all(
+        name.startswith(('level_embed', 'spm.', 'interactions.', 'up.', 'norm')) or '.gamma' in name
+        for name in untouched
+    )
+
+
+def test_plain_vrwkv_takes_a_classifiers_weights_whole(tmp_path):
+    cfg = Config.fromfile(CONFIGS / 'mask-rcnn_vrwkv-tiny_simple-fpn_1x_coco.py').model
+    cfg.backbone.update(embed_dims=24, depth=2)
+    cfg.neck.in_channels = 24
+    plain = vrwkv.backbones.VRWKV(embed_dims=24, depth=2)
+    path = tmp_path / 'weights.pth'
+    torch.save({f'backbone.{k}': v for k, v in plain.state_dict().items()}, path)
+    cfg.backbone.init_cfg.checkpoint = str(path)
+    model = build(cfg)
+    model.init_weights()
+    torch.testing.assert_close(model.backbone.state_dict(), plain.state_dict(), rtol=0, atol=0)
+
+
+def test_vit_adapter_takes_mmpretrains_weights(tmp_path):
+    from mmpretrain.models import VisionTransformer
+
+    theirs = VisionTransformer(
+        arch=dict(embed_dims=24, num_layers=4, num_heads=3, feedforward_channels=96),
+        img_size=224,
+        patch_size=16,
+    )
+    path = tmp_path / 'deit.pth'
+    torch.save({f'backbone.{k}': v for k, v in theirs.state_dict().items()}, path)
+    cfg = Config.fromfile(CONFIGS / 'mask-rcnn_vit-adapter-tiny_window_fpn_1x_coco.py').model
+    cfg.backbone.update(
+        embed_dims=24, depth=4, interaction_indexes=None, window_block_indexes=[0, 1, 2]
+    )
+    cfg.backbone.init_cfg.checkpoint = str(path)
+    cfg.neck.in_channels = 4 * [24]
+    model = build(cfg)
+    model.init_weights()
+    weights = model.backbone.state_dict()
+    for name, value in theirs.state_dict().items():
+        if name not in ('cls_token', 'ln1.weight', 'ln1.bias'):
+            assert torch.equal(weights[name], value), name
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (lambda w: {k: v for k, v in w.items() if '.att.' not in k}, 'no weights of VRWKVAdapter'),
+        (lambda w: {k: v for k, v in w.items() if '.spm.' not in k}, 'it lacks spm.conv2.0.weight'),
+        (lambda w: {k: v for k, v in w.items() if 'interactions.3' not in k}, 'it lacks inter'),
+    ],
+    ids=['another model', 'no spatial prior', 'fewer interactions'],
+)
+def test_a_wrong_file_is_an_error(config, released, change, message):
+    """And not a training from scratch: mmengine would log, and go on."""
+    weights = torch.load(released, weights_only=True)['state_dict']
+    backbone = {k: v for k, v in weights.items() if k.startswith('backbone.')}
+    torch.save(change(backbone), released)
+    config.model.backbone.init_cfg.checkpoint = str(released)
+    with pytest.raises(RuntimeError, match=message):
+        build(config.model).init_weights()
+
+
+def test_weights_without_the_prefix_are_an_error(config, golden, tmp_path):
+    """mmengine's own."""
+    config.model.backbone.init_cfg.checkpoint = path = str(tmp_path / 'weights.pth')
+    torch.save(golden['state_dict'], path)
+    with pytest.raises(AssertionError, match=r'backbone\. is not in the pretrained model'):
+        build(config.model).init_weights()
+
+
+def test_weights_that_cannot_be_downloaded_are_an_error(config, monkeypatch, tmp_path):
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    config.model.backbone.init_cfg.checkpoint = 'http://127.0.0.1:9/vrwkv_t_in1k_224.pth'
+    with pytest.raises(RuntimeError, match=r'127\.0\.0\.1.*vrwkv_t_in1k_224\.pth'):
+        build(config.model).init_weights()
+
+
+# --- data ---------------------------------------------------------------------------------------
+
+
+def write_coco(folder, annotations, categories=('a', 'b'), images=2, side=64):
+    """Write images of noise, and what is said of them."""
+    rng = np.random.default_rng(0)
+    (folder / 'images').mkdir()
+    for i in range(images):
+        pixels = rng.integers(0, 256, (side, side, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / 'images' / f'{i}.png')
+    content = dict(
+        images=[dict(id=i, file_name=f'{i}.png', height=side, width=side) for i in range(images)],
+        annotations=[
+            dict(
+                dict(
+                    id=n + 1,
+                    image_id=0,
+                    category_id=1,
+                    bbox=[8, 8, 24, 32],
+                    area=24 * 32,
+                    iscrowd=0,
+                    segmentation=[[8, 8, 32, 8, 32, 40, 8, 40]],
+                ),
+                **annotation,
+            )
+            for n, annotation in enumerate(annotations)
+        ],
+        categories=[dict(id=n + 1, name=name) for n, name in enumerate(categories)],
+    )
+    (folder / 'train.json').write_text(json.dumps(content))
+
+
+def dataset(folder, classes=('a', 'b'), kind='CheckedCocoDataset', **kwargs):
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        return DATASETS.build(
+            dict(
+                type=kind,
+                data_root=str(folder),
+                ann_file='train.json',
+                data_prefix=dict(img='images/'),
+                metainfo=dict(classes=classes),
+                filter_cfg=dict(filter_empty_gt=False),
+                pipeline=[
+                    dict(type='LoadImageFromFile'),
+                    dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
+                    dict(type='PackDetInputs'),
+                ],
+            )
+            | kwargs
+        )
+
+
+def test_a_good_file_gives_what_mmdets_own_data_set_gives(tmp_path):
+    write_coco(tmp_path, [{}, dict(category_id=2, image_id=1)])
+    checked, plain = (dataset(tmp_path, kind=k) for k in ('CheckedCocoDataset', 'CocoDataset'))
+    assert [checked.get_data_info(i) for i in range(2)] == [
+        plain.get_data_info(i) for i in range(2)
+    ]
+    # Some of the file's classes: mmdet's way to train on those.
+    subset = dataset(tmp_path, classes=('b',))
+    assert [len(subset.get_data_info(i)['instances']) for i in range(2)] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ('annotation', 'classes', 'message'),
+    [
+        (dict(category_id=7), ('a', 'b'), r'annotation 2 of image 0 has the category_id 7, .*1, 2'),
+        ({}, ('a', 'b', 'c'), r"does not have the classes \['c'\], but \['a', 'b'\]"),
+        ({}, ('b', 'a'), r"another order, \['a', 'b'\], than the config, \['b', 'a'\]"),
+    ],
+)
+def test_labels_outside_the_classes_are_refused(tmp_path, annotation, classes, message):
+    """mmdet drops the one and renumbers the others, silently."""
+    write_coco(tmp_path, [{}, annotation])
+    with pytest.raises(ValueError, match=message):
+        dataset(tmp_path, classes)
+    dataset(tmp_path, classes, kind='CocoDataset')
+
+
+def test_a_training_set_of_nothing_is_refused(tmp_path):
+    """mmdet would train for no iteration, and save that."""
+    write_coco(tmp_path, [])
+    with pytest.raises(ValueError, match=r'has 2 images, of which filter_cfg=.*leaves none'):
+        dataset(tmp_path, filter_cfg=dict(filter_empty_gt=True))
+
+
+def test_a_missing_image_is_named(tmp_path):
+    """The library's own error is clear."""
+    write_coco(tmp_path, [{}])
+    (tmp_path / 'images/0.png').unlink()
+    with pytest.raises(FileNotFoundError, match=r'images/0\.png'):
+        dataset(tmp_path)[0]
+
+
+def test_a_missing_annotation_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r'train\.json'):
+        dataset(tmp_path)
+
+
+CROWD = dict(
+    iscrowd=1,
+    bbox=[0, 0, 64, 32],
+    area=64 * 32,
+    # Column by column: 32 pixels of it, then 32 that are not.
+    segmentation=dict(size=[64, 64], counts=[0] + 128 * [32]),
+)
+
+
+def tiny_detector():
+    cfg = Config.fromfile(CONFIGS / 'mask-rcnn_vrwkv-adapter-tiny_fpn_1x_coco.py').model
+    cfg.backbone.update(
+        embed_dims=24, depth=4, conv_inplane=8, interaction_indexes=None, norm_cfg=dict(type='BN')
+    )
+    cfg.backbone.init_cfg = None
+    cfg.neck.update(in_channels=4 * [24], out_channels=16)
+    cfg.rpn_head.update(in_channels=16, feat_channels=16)
+    for name in ('bbox', 'mask'):
+        cfg.roi_head[f'{name}_roi_extractor'].out_channels = 16
+        cfg.roi_head[f'{name}_head'].update(in_channels=16, num_classes=2)
+    cfg.roi_head.bbox_head.fc_out_channels = 32
+    cfg.roi_head.mask_head.conv_out_channels = 16
+    torch.manual_seed(0)
+    model = build(cfg).train()
+    model.init_weights()
+    return model
+
+
+@pytest.mark.parametrize(
+    'annotations',
+    [[], [{}], [CROWD], [{}, CROWD, dict(image_id=1)]],
+    ids=['none', 'one', 'crowd', 'both'],
+)
+def test_images_without_objects_and_crowds_train(tmp_path, annotations):
+    """No loss is NaN, all parameters get a gradient, crowds are neither objects nor background."""
+    write_coco(tmp_path, annotations)
+    data = dataset(tmp_path)
+    samples = [data[0], data[1]]
+    crowds = sum(annotation.get('iscrowd', 0) for annotation in annotations)
+    assert sum(len(s['data_samples'].ignored_instances) for s in samples) == crowds
+    assert sum(len(s['data_samples'].gt_instances) for s in samples) == len(annotations) - crowds
+    model = tiny_detector()
+    batch = dict(
+        inputs=[s['inputs'] for s in samples], data_samples=[s['data_samples'] for s in samples]
+    )
+    losses = model(**model.data_preprocessor(batch, training=True), mode='loss')
+    loss, values = model.parse_losses(losses)
+    assert all(value.isfinite() for value in values.values()), values
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name  # or several processes would wait for each other
+        assert parameter.grad.isfinite().all(), name
