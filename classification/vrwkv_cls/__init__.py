@@ -6,7 +6,9 @@ A config does so with ``custom_imports = dict(imports=['vrwkv_cls'], allow_faile
 try:
     import vrwkv.engine  # noqa: F401 (safe checkpoint loading, onedl)
 
-    from . import mae, models  # noqa: F401
+    from . import checks, hub, mae, models  # noqa: F401
+
+    hub.register_models()
 except ImportError as error:
     _INSTALL = {
         'vrwkv_ops': 'pip install ./vrwkv_ops',

@@ -1,9 +1,14 @@
+# Fine-tunes a Large of ImageNet-22K: vrwkv-large_32xb128-90e_in21k-192px or the released one.
 _base_ = [
     '../_base_/models/vrwkv/large.py',
     'mmpretrain::_base_/datasets/imagenet_bs64_deit3_384.py',
     '../_base_/schedules/imagenet_bs1024_adamw_vrwkv.py',
     '../_base_/default_runtime_cls.py',
 ]
+
+# Whose head is that of the 22K classes which are the 1K ones, since a fresh one would hardly learn
+# at this rate: tools/model_converters/subset_head.py writes it.
+load_from = 'work_dirs/vrwkv-large_32xb128-90e_in21k-192px/in1k.pth'
 
 model = dict(
     backbone=dict(drop_path_rate=0.1),

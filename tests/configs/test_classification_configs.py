@@ -22,6 +22,9 @@ TINY = 'vrwkv-tiny_8xb128_in1k'
 SMALL = 'vrwkv-small_8xb128_in1k'
 BASE = 'vrwkv-base_16xb64_in1k'
 LARGE = 'vrwkv-large_in21k-pre_16xb64_in1k-384px'
+IN22K = 'vrwkv-large_32xb128-90e_in21k-192px'
+BAMBOO = 'vrwkv-large_32xb128-90e_bamboo47k-192px'
+CUSTOM = 'vrwkv-tiny_in1k-pre_1xb64-50e_custom'
 SCRATCH = [TINY, SMALL, BASE]
 IMAGENET = [*SCRATCH, LARGE]
 ALL = sorted(path.stem for path in CONFIGS.glob('*.py'))
@@ -68,6 +71,14 @@ def test_count_by_hand_agrees_with_the_exact_numbers():
     assert count_parameters(192, 1024, 24, True, True, mid=3072) == 334_881_768
 
 
+@pytest.mark.parametrize(('name', 'classes'), [(IN22K, 21_841), (BAMBOO, 47_338)])
+def test_classes_of_the_pre_trainings(name, classes):
+    model = build(load(name))
+    parameters = sum(p.numel() for p in model.parameters())
+    assert parameters == count_parameters(192, 1024, 24, True, True, mid=3072, classes=classes)
+    assert model.data_preprocessor.num_classes == model.head.num_classes == classes
+
+
 @pytest.mark.parametrize(
     ('name', 'expected'),
     [
@@ -101,7 +112,8 @@ def test_backbone_arguments(name, expected):
 @pytest.mark.parametrize('name', ALL)
 def test_the_total_batch_in_the_name_is_the_one_of_the_rate(name):
     cfg = load(name)
-    processes, batch = next(part for part in name.split('_') if 'xb' in part).split('xb')
+    part = next(part for part in name.split('_') if 'xb' in part)
+    processes, batch = part.partition('-')[0].split('xb')
     assert cfg.train_dataloader.batch_size == int(batch)
     assert cfg.auto_scale_lr.base_batch_size == int(processes) * int(batch)
 
@@ -147,8 +159,19 @@ class _Recorder(BaseModel):
         return dict(loss=self.parameter * 0)
 
 
-@pytest.mark.parametrize('name', IMAGENET)
-def test_rate_over_the_training(name, tmp_path):
+@pytest.mark.parametrize(
+    ('name', 'epochs', 'warmup', 'top'),
+    [
+        (TINY, 300, 20, 1e-3),
+        (SMALL, 300, 20, 1e-3),
+        (BASE, 300, 20, 1e-3),
+        (LARGE, 20, 2, 1e-5),
+        (IN22K, 90, 5, 1e-3),
+        (BAMBOO, 90, 5, 1e-3),
+        (CUSTOM, 50, 5, 2e-4),
+    ],
+)
+def test_rate_over_the_training(name, epochs, warmup, top, tmp_path):
     iterations = 5
     cfg = load(name)
     runner = Runner(
@@ -174,7 +197,6 @@ def test_rate_over_the_training(name, tmp_path):
     )
     runner.train()
 
-    epochs, warmup, top = (20, 2, 1e-5) if name == LARGE else (300, 20, 1e-3)
     assert len(rates) == epochs * iterations
     # float64, but mmengine multiplies its way from step to step.
     approx = dict(rel=1e-9)
@@ -188,6 +210,47 @@ def test_rate_over_the_training(name, tmp_path):
         expected = top * (1e-2 + (1 - 1e-2) * cosine)
         assert rates[epoch * iterations] == pytest.approx(expected, **approx)
         assert rates[(epoch + 1) * iterations - 1] == rates[epoch * iterations]
+
+
+@pytest.mark.parametrize('name', [IN22K, BAMBOO])
+def test_pre_training_data(name):
+    cfg = load(name)
+    assert cfg.val_cfg is None
+    dataset = cfg.train_dataloader.dataset
+    assert dataset.type == ('ImageNet21k' if name == IN22K else 'CustomDataset')
+    train, test = (
+        transforms(loader.dataset.pipeline)
+        for loader in (cfg.train_dataloader, cfg.test_dataloader)
+    )
+    assert train['RandomResizedCrop']['scale'] == test['CenterCrop']['crop_size'] == 192
+
+
+def test_the_fine_tuning_of_large_starts_from_the_converted_head():
+    assert load(LARGE).load_from == 'work_dirs/vrwkv-large_32xb128-90e_in21k-192px/in1k.pth'
+
+
+@pytest.mark.parametrize(
+    ('name', 'counted', 'published'),
+    [
+        # By hand: patches and class token, 12 layers of 12 dim^2 + 13 dim, last norm, head.
+        *(
+            (name, 768 * d + d + 198 * d + 12 * (12 * d**2 + 13 * d) + 2 * d + (d + 1) * 1000, m)
+            for name, d, m in [
+                ('deit-tiny_4xb256_in1k', 192, 5.7),
+                ('deit-small_4xb256_in1k', 384, 22.1),
+                ('deit-base_16xb64_in1k', 768, 86.6),
+            ]
+        )
+    ],
+)
+def test_deit(name, counted, published):
+    """The rows that the paper compares with are mmpretrain's own."""
+    cfg = load(f'deit/{name}')
+    assert cfg.train_cfg.max_epochs == 300
+    assert cfg.auto_scale_lr.base_batch_size == 1024
+    parameters = sum(p.numel() for p in build(cfg).parameters())
+    assert parameters == counted
+    assert parameters / 1e6 == pytest.approx(published, abs=0.06)
 
 
 def transforms(pipeline):
@@ -265,7 +328,7 @@ def test_large_head():
 def test_trains_and_predicts(name):
     """At reduced width and depth: a loss, a gradient for every parameter, a prediction."""
     cfg = load(name)
-    cfg.model.backbone.update(embed_dims=16, depth=2)
+    cfg.model.backbone.update(embed_dims=16, depth=2, init_cfg=None)
     cfg.model.head.in_channels = 16
     if 'mid_channels' in cfg.model.head:
         cfg.model.head.mid_channels = [24]
@@ -273,7 +336,7 @@ def test_trains_and_predicts(name):
     model = build(cfg, device='cpu')
     model.init_weights()
     images = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8)
-    samples = [DataSample().set_gt_label(label) for label in (3, 7)]
+    samples = [DataSample().set_gt_label(label) for label in (0, 1)]
     data = model.data_preprocessor(dict(inputs=list(images), data_samples=samples), training=True)
     model.train()
     for layer in model.backbone.layers:
@@ -309,6 +372,8 @@ def test_tiny_classifies_an_image_of_full_size():
 def test_pipelines_build(name):
     cfg = load(name)
     with DefaultScope.overwrite_default_scope('mmpretrain'):
-        for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
+        for split in ('train', 'val', 'test'):
+            if (loader := cfg.get(f'{split}_dataloader')) is None:  # ImageNet-22K has no val
+                continue
             built = [TRANSFORMS.build(transform) for transform in loader.dataset.pipeline]
             assert isinstance(built[-1], PackInputs)

@@ -57,6 +57,9 @@ class VRWKV(BaseModule):
         ValueError: If an argument is out of its range.
     """
 
+    #: mmpretrain's class-activation maps ask: all tokens lie on the grid.
+    num_extra_tokens = 0
+
     def __init__(
         self,
         img_size: int | Sequence[int] = 224,
@@ -182,6 +185,11 @@ class VRWKV(BaseModule):
                 return int(name.split('.')[1]) + 1, num_layers
         return num_layers - 1, num_layers
 
+    @staticmethod
+    def _checkpoint_filter(state_dict: dict[str, Tensor], prefix: str, *args) -> None:
+        """Let a classifier load the released Large: mmpretrain's calls this before it loads."""
+        rename_mlp_head(state_dict, prefix)
+
     def _load_from_state_dict(
         self, state_dict: dict[str, Tensor], prefix: str, *args, **kwargs
     ) -> None:
@@ -259,6 +267,27 @@ class VRWKV(BaseModule):
                 f'the state dict is of a {type(self).__name__} with {", ".join(differing[:5])}: '
                 'build the model with the arguments of the checkpoint'
             )
+
+
+def rename_mlp_head(state_dict: dict[str, Tensor], prefix: str = '') -> None:
+    """Rename the MLP head of a classifier of upstream's to that of mmpretrain's.
+
+    VRWKV-Large has ``head.0``, tanh, ``head.2``, which is ``StackedLinearClsHead``'s
+    ``head.layers.0.fc`` and ``head.layers.1.fc``.
+
+    Args:
+        state_dict: Weights, changed in place. Those with another head stay as they are.
+        prefix: What precedes the classifier's names in it.
+    """
+    head = f'{prefix}head.'
+    names = {
+        f'{head}{upstream}.{kind}': f'{head}layers.{index}.fc.{kind}'
+        for index, upstream in enumerate((0, 2))
+        for kind in ('weight', 'bias')
+    }
+    if {key for key in state_dict if key.startswith(head)} == set(names):
+        for old, new in names.items():
+            state_dict[new] = state_dict.pop(old)
 
 
 def _layer_indices(out_indices: int | Sequence[int], depth: int) -> tuple[int, ...]:

@@ -5,11 +5,13 @@ code. What mmengine's own checkpoints hold beside tensors is allowed by name bel
 more.
 """
 
+import argparse
 import codecs
 import os
 import pickle
 import re
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -24,6 +26,7 @@ except ImportError:  # numpy < 2
     from numpy.core import multiarray
 
 #: Where training codes put the weights in a checkpoint, in the order in which they are looked for.
+#: The weights come before their moving average ('model_ema'), as upstream's own loading has it.
 WEIGHT_KEYS = ('state_dict', 'model', 'module', 'model_ema')
 
 _ZIP_MAGIC = b'PK\x03\x04'
@@ -51,17 +54,35 @@ def _renamed(function: Callable, full_name: str) -> Callable:
     return alias
 
 
-def allow_mmengine_globals() -> None:
-    """Let ``torch.load(weights_only=True)`` read what mmengine saves beside the weights.
+class _Settings:
+    """Stands in for ``yacs.config.CfgNode``, a dict, and makes a plain one of it.
 
-    That is log histories (``HistoryBuffer``) and numpy arrays and numbers, written under numpy 1.x
-    or 2.x (which differ in module names), whichever is installed here.
+    Swin's training code and its descendants, VRWKV-Large's among them, save their settings so.
+    """
+
+    def __new__(cls) -> OrderedDict:
+        return OrderedDict()  # and not a dict: the pickle also sets attributes
+
+
+_Settings.__module__, _Settings.__name__ = 'yacs.config', 'CfgNode'
+_Settings.__qualname__ = _Settings.__name__
+
+
+def allow_harmless_globals() -> None:
+    """Let ``torch.load(weights_only=True)`` read what training codes save beside the weights.
+
+    From mmengine that is log histories (``HistoryBuffer``) and numpy arrays and numbers, written
+    under numpy 1.x or 2.x (which differ in module names), whichever is installed here; from
+    upstream's two codes for Large and MAE, their settings: a yacs ``CfgNode`` (which needs no
+    yacs, see :class:`_Settings`) and an ``argparse.Namespace``. None of these runs any code.
     """
     scalar_types = 'bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64'
     torch.serialization.add_safe_globals([
         HistoryBuffer,
         np.ndarray,
         np.dtype,
+        _Settings,
+        argparse.Namespace,
         codecs.encode,  # the bytes of an array; PyTorch >= 2.5 allows it anyway
         *(type(np.dtype(name)) for name in scalar_types.split()),
         *(
@@ -88,7 +109,7 @@ def read_checkpoint(
 
     Returns:
         dict: The checkpoint, with its weights under ``'state_dict'``. They may be stored under any
-        of :data:`WEIGHT_KEYS` or flat.
+        of :data:`WEIGHT_KEYS` (the first that is there is taken) or flat.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -186,17 +207,25 @@ def _with_state_dict(checkpoint: Any, name: str) -> dict:
         )
     for key in WEIGHT_KEYS:
         if _is_weights(checkpoint.get(key)):
-            if key == 'state_dict':
-                return checkpoint
-            print_log(f"Takes the weights under '{key}' of checkpoint {name}.", logger='current')
+            if key != 'state_dict':
+                print_log(
+                    f"Takes the weights under '{key}' of checkpoint {name}.", logger='current'
+                )
             rest = {k: v for k, v in checkpoint.items() if k not in (key, 'state_dict')}
-            return {'state_dict': checkpoint[key], **rest}
+            return {'state_dict': _unwrapped(checkpoint[key]), **rest}
     if _is_weights(checkpoint):
-        return {'state_dict': checkpoint}
+        return {'state_dict': _unwrapped(checkpoint)}
     raise CheckpointError(
         f"Checkpoint '{name}' holds no weights: expected a dict of named tensors, flat or under "
         f'one of {list(WEIGHT_KEYS)}, but its keys are {[str(key) for key in checkpoint][:10]}.'
     )
+
+
+def _unwrapped(weights: Mapping) -> Mapping:
+    """Take off the prefix that PyTorch's parallel wrappers give to every name."""
+    if all(key.startswith('module.') for key in weights):
+        return OrderedDict((key.removeprefix('module.'), value) for key, value in weights.items())
+    return weights
 
 
 def _is_weights(value: Any) -> bool:

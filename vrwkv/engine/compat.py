@@ -27,7 +27,8 @@ from mmengine.fileio import get_file_backend
 from mmengine.runner import CheckpointLoader
 from mmengine.runner import checkpoint as mmengine_checkpoint
 
-from .checkpoint import CheckpointError, allow_mmengine_globals, read_checkpoint
+from .checkpoint import CheckpointError, allow_harmless_globals, read_checkpoint
+from .download import download
 
 # OpenMMLab ends file names with the first digits of the SHA-256. Digits alone would be a date.
 _HASH_IN_NAME = re.compile(r'-(?=[0-9]*[a-f])([0-9a-f]{8,64})\.\w+$')
@@ -55,6 +56,8 @@ def load_url(
 ) -> dict:
     """Download a checkpoint, unless PyTorch's cache holds it, and read it safely.
 
+    See :func:`vrwkv.engine.download.download` for what happens on a poor connection.
+
     Takes the place of ``torch.hub.load_state_dict_from_url`` in mmengine, with the same arguments,
     so that ``http(s)://``, ``torchvision://``, ``open-mmlab://`` and ``mmcls://`` all come this
     way.
@@ -67,8 +70,7 @@ def load_url(
     if not path.is_file():
         digest = _HASH_IN_NAME.search(path.name)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(path), digest and digest[1], progress)
+            download(url, path, digest and digest[1], progress)
         except (OSError, RuntimeError, ValueError) as error:
             raise CheckpointError(
                 f'Cannot download checkpoint {url}: {error}. Download it by other means and give '
@@ -85,7 +87,7 @@ def _is_distribution(name: str) -> bool:
     return True
 
 
-allow_mmengine_globals()
+allow_harmless_globals()
 mmengine_checkpoint.load_url = load_url
 if hasattr(mmengine_checkpoint, '_safe_torch_load'):  # onedl-mmengine
     mmengine_checkpoint._safe_torch_load = read_checkpoint

@@ -28,11 +28,15 @@ class AtomicLocalBackend(LocalBackend):
         path = Path(filepath)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f'{path.name}.tmp')
-        with temporary.open('wb') as stream:
-            stream.write(obj)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
+        try:
+            with temporary.open('wb') as stream:
+                stream.write(obj)
+                stream.flush()
+                os.fsync(stream.fileno())
+            temporary.replace(path)
+        except OSError:  # such as a full disk
+            temporary.unlink(missing_ok=True)
+            raise
         with suppress(OSError):  # Windows cannot open folders
             folder = os.open(path.parent, os.O_RDONLY)
             os.fsync(folder)

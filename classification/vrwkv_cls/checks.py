@@ -1,0 +1,138 @@
+"""Clear errors where classes, heads and labels do not fit each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.runner import Runner
+from mmengine.runner import checkpoint as mmengine_checkpoint
+from mmpretrain.models.heads import ClsHead
+from mmpretrain.registry import HOOKS
+from torch import Tensor, nn
+
+from vrwkv.backbones.vrwkv import rename_mlp_head
+from vrwkv.engine import CheckpointError
+
+_load_state_dict = mmengine_checkpoint.load_state_dict
+
+
+def load_state_dict(module: nn.Module, state_dict: Mapping[str, Tensor], *args, **kwargs) -> None:
+    """Load weights as mmengine does, unless they are a classifier's of other classes.
+
+    mmengine leaves out what does not fit, with a warning: the head would stay random.
+
+    Args:
+        module: The model.
+        state_dict: The weights.
+        *args: As for mmengine's function.
+        **kwargs: As for mmengine's function.
+
+    Raises:
+        CheckpointError: If the model is a classifier whose head has another shape.
+    """
+    inner = module.module if is_model_wrapper(module) else module
+    head = getattr(inner, 'head', None)
+    if isinstance(head, ClsHead):
+        loaded = dict(state_dict)
+        rename_mlp_head(loaded)
+        for name, own in head.named_parameters(prefix='head'):
+            if name in loaded and loaded[name].shape != own.shape:
+                raise CheckpointError(_explain(name, loaded[name], own, head.num_classes))
+    _load_state_dict(module, state_dict, *args, **kwargs)
+
+
+def _explain(name: str, theirs: Tensor, own: Tensor, num_classes: int) -> str:
+    remedy = (
+        "To fine-tune, load the backbone alone: model.backbone.init_cfg=dict(type='Pretrained', "
+        "checkpoint=..., prefix='backbone.')"
+    )
+    if theirs.shape[1:] == own.shape[1:] and own.shape[0] == num_classes:
+        return (
+            f'the checkpoint is of a classifier with {theirs.shape[0]} classes, but the model has '
+            f'num_classes={num_classes} ({name}). To test, use the config that it was trained '
+            f'with. {remedy}, or take over the rows of known classes: '
+            'tools/model_converters/subset_head.py'
+        )
+    return (
+        f"the checkpoint's head is another one: {name} has the shape {tuple(theirs.shape)} there, "
+        f'and {tuple(own.shape)} in the model. {remedy}'
+    )
+
+
+@HOOKS.register_module()
+class ClassCheckHook(Hook):
+    """Raise an error where data set and head disagree on the classes.
+
+    Unlike mmpretrain's ``ClassNumCheckHook`` it looks into wrapped data sets, and at every label:
+    one beyond the classes is a bare index error otherwise, and on a GPU not even that.
+
+    Raises:
+        ValueError: If a data set has another number of classes than the head, or other classes
+            than the training set, or a label lies outside the classes.
+    """
+
+    trained_on = None
+
+    def before_run(self, runner: Runner) -> None:
+        """Note the number of classes."""
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        self.num_classes = getattr(getattr(model, 'head', None), 'num_classes', None)
+        preprocessor = getattr(model, 'data_preprocessor', None)
+        expected = getattr(preprocessor, 'num_classes', None)
+        if None not in (expected, self.num_classes) and expected != self.num_classes:
+            raise ValueError(
+                f'the head has num_classes={self.num_classes}, but data_preprocessor has '
+                f'num_classes={expected}: set both to the same number'
+            )
+
+    def before_train(self, runner: Runner) -> None:
+        """Check the training set."""
+        self.trained_on = self._check_classes(runner.train_dataloader.dataset)
+
+    def before_val(self, runner: Runner) -> None:
+        """Check the validation set."""
+        self._check_classes(runner.val_dataloader.dataset)
+
+    def before_test(self, runner: Runner) -> None:
+        """Check the test set."""
+        self._check_classes(runner.test_dataloader.dataset)
+
+    def _check_classes(self, dataset: torch.utils.data.Dataset) -> list[str] | None:
+        classes = getattr(dataset, 'metainfo', {}).get('classes')  # wrappers pass it on
+        if None in (classes, self.num_classes):
+            return None
+        classes = list(classes)
+        if len(classes) != self.num_classes:
+            raise ValueError(
+                f'the data set has {len(classes)} classes ({", ".join(classes[:3])}, ...), but '
+                f'the model has num_classes={self.num_classes}: set num_classes of model.head and '
+                'data_preprocessor, or add the class folders that are missing'
+            )
+        if self.trained_on not in (None, classes):
+            others = sorted(set(classes) ^ set(self.trained_on)) or 'in another order'
+            raise ValueError(
+                f'the training and the validation set have different classes ({others}), so their '
+                'labels would mean different things: name both sets of folders alike'
+            )
+        return classes
+
+    def before_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: dict | None = None
+    ) -> None:
+        """Check the labels of a batch."""
+        if self.num_classes is None:
+            return
+        for sample in data_batch.get('data_samples') or ():
+            label = sample.get('gt_label')
+            # On the CPU still, where this takes microseconds.
+            if label is not None and not all(0 <= i < self.num_classes for i in label.tolist()):
+                raise ValueError(
+                    f'{sample.get("img_path")} has the label {label.tolist()}, but the model has '
+                    f'num_classes={self.num_classes}: labels go from 0 to {self.num_classes - 1}'
+                )
+
+
+mmengine_checkpoint.load_state_dict = load_state_dict

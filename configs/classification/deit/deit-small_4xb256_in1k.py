@@ -1,0 +1,1 @@
+_base_ = ['mmpretrain::deit/deit-small_4xb256_in1k.py']

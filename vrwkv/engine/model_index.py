@@ -1,0 +1,88 @@
+"""The model index: names, configs and released weights of the models of every task."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from mmengine.fileio import load
+
+
+class ModelInfo(NamedTuple):
+    """What the model index says of a model."""
+
+    name: str
+    config: Path
+    weights: str | None
+
+
+def index_folder() -> Path:
+    """Say which folder holds ``model-index.yml`` and the configs.
+
+    Returns:
+        The root of the checkout, or ``vrwkv/.mim`` where the package was installed as a wheel.
+
+    Raises:
+        FileNotFoundError: If neither is there.
+    """
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / '.mim', package.parent):
+        if (folder / 'model-index.yml').is_file():
+            return folder
+    raise FileNotFoundError(
+        f'there is no model-index.yml in {package.parent} or {package / ".mim"}: install '
+        'vision-rwkv anew, as docs/install.md says'
+    )
+
+
+def list_models() -> dict[str, ModelInfo]:
+    """Read the model index.
+
+    Returns:
+        The models of every task by name.
+    """
+    folder = index_folder()
+    models = {}
+    for metafile in load(folder / 'model-index.yml')['Import']:
+        for model in load(folder / metafile)['Models']:
+            info = ModelInfo(model['Name'], folder / model['Config'], model.get('Weights'))
+            models[info.name] = info
+    return models
+
+
+def find_model(name: str) -> ModelInfo:
+    """Look a model up.
+
+    Args:
+        name: Its name, in any case.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: If there is no model of that name; the message suggests the nearest.
+    """
+    models = list_models()
+    if name.lower() not in models:
+        raise ValueError(unknown_model(name, models))
+    return models[name.lower()]
+
+
+def unknown_model(name: str, names: Iterable[str]) -> str:
+    """Word the error for a model that is not there.
+
+    Args:
+        name: What was asked for.
+        names: The names of the models that are there.
+
+    Returns:
+        A message that suggests the nearest names, if any is near.
+    """
+    names = sorted(names)
+    # What one leaves out is the end of a name, its recipe.
+    near = [known for known in names if known.startswith(name.lower())]
+    near = near or difflib.get_close_matches(name.lower(), names, n=5, cutoff=0.5)
+    hint = f' Did you mean {" or ".join(near[:5])}?' if near else ''
+    return f'there is no model {name!r}.{hint}'
