@@ -25,7 +25,9 @@ CONFIG = ROOT / 'configs/classification/vrwkv-nano_1xb64_digits.py'
 
 # What makes a training another one: resuming with other values would mix the two.
 SETTINGS = (
-    *(f'model.{part}' for part in ('backbone', 'neck', 'head', 'rpn_head', 'roi_head')),
+    'model.backbone',
+    'model.neck',
+    *(f'model.{kind}head' for kind in ('', 'rpn_', 'roi_', 'decode_', 'auxiliary_')),
     'optim_wrapper',
     'param_scheduler',
 )
@@ -46,6 +48,20 @@ class Prediction(NamedTuple):
     def right(self) -> bool:
         """Whether the predicted class is the true one."""
         return self.predicted == self.label
+
+
+def parse_arguments(documentation: str, default: Path) -> tuple[Path, Path]:
+    """Read a demo's command line: the config, and the folder for checkpoints and results."""
+    parser = argparse.ArgumentParser(description=documentation.partition('\n')[0])
+    parser.add_argument(
+        'config', nargs='?', default=default, type=Path, help='default: %(default)s'
+    )
+    parser.add_argument(
+        '--work-dir', type=Path, help='default: work_dirs/<name of the config> in the checkout'
+    )
+    args = parser.parse_args()
+    config = args.config.resolve()
+    return config, (args.work_dir or ROOT / 'work_dirs' / config.stem).resolve()
 
 
 def run_tool(name: str, *args: str | os.PathLike) -> None:
@@ -79,7 +95,9 @@ def train(config: Path, work_dir: Path) -> Path:
                     f'{work_dir} holds a training with another {key} than {config} has now: '
                     'remove the folder, or name another one with --work-dir'
                 )
-    checkpoint = work_dir / f'epoch_{cfg.train_cfg.max_epochs}.pth'
+    iters = cfg.train_cfg.get('max_iters')
+    name = f'iter_{iters}' if iters else f'epoch_{cfg.train_cfg.max_epochs}'
+    checkpoint = work_dir / f'{name}.pth'
     if not checkpoint.is_file():
         run_tool('train.py', config, '--work-dir', work_dir, '--resume')
     return checkpoint
@@ -182,14 +200,7 @@ def main() -> None:
     # Not above: the demos of the other tasks share this file, and need no mmpretrain.
     from vrwkv_cls.datasets import write_digits
 
-    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
-    parser.add_argument('config', nargs='?', default=CONFIG, type=Path, help='default: %(default)s')
-    parser.add_argument(
-        '--work-dir', type=Path, help='default: work_dirs/<name of the config> in the checkout'
-    )
-    args = parser.parse_args()
-    config = args.config.resolve()
-    work_dir = (args.work_dir or ROOT / 'work_dirs' / config.stem).resolve()
+    config, work_dir = parse_arguments(__doc__, CONFIG)
 
     data_root = ROOT / Config.fromfile(config).test_dataloader.dataset.data_root
     write_digits(data_root)

@@ -61,7 +61,13 @@ optim_wrapper = dict(
 )
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, end=75),
-    dict(type='CosineAnnealingLR', eta_min_ratio=0.01, by_epoch=True, begin=1, convert_to_iter_based=True),
+    dict(
+        type='CosineAnnealingLR',
+        eta_min_ratio=0.01,
+        by_epoch=True,
+        begin=1,
+        convert_to_iter_based=True,
+    ),
 ]
 train_cfg = dict(max_epochs=16, val_interval=8)
 auto_scale_lr = dict(base_batch_size=8)

@@ -214,3 +214,16 @@ def test_heads_of_another_number_of_classes_are_refused(write_config, data_root,
     config = write_config('classes', changes=changes)
     with pytest.raises(AssertionError, match=r'`num_classes` \(4\) .* `classes` 10\)'):
         cli.train([str(config), '--work-dir', str(tmp_path / 'work')])
+
+
+def test_training_memory(write_config, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / 'tools/analysis_tools')
+    import training_memory
+
+    before = training_memory._memory('cpu', 'VmRSS')
+    held = torch.ones(2**24)
+    grown = training_memory._memory('cpu', 'VmRSS') - before
+    assert grown == pytest.approx(held.nbytes, rel=0.05)
+    assert training_memory._memory('cpu', 'VmHWM') >= before + grown
+    peak, seconds = training_memory.step(str(write_config('memory')), True, (1, 3, 64, 96), 'cpu')
+    assert peak >= 0 and seconds > 0
