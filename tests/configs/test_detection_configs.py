@@ -1,5 +1,6 @@
 """The detection configs against the paper's Table 3 and upstream's recipe."""
 
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from mmdet.datasets.transforms import PackDetInputs
 from mmdet.registry import MODELS, TRANSFORMS
 from mmengine.config import Config
+from mmengine.hub import get_config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DefaultScope
 
@@ -33,6 +35,7 @@ PLAIN = 'vrwkv-tiny_simple'
 COCO = [*TABLE, PLAIN]
 
 
+@cache
 def load(name):
     return Config.fromfile(path_of(name))
 
@@ -58,6 +61,13 @@ def models():
         return built[name]
 
     return get
+
+
+@pytest.fixture(scope='module')
+def mmdets():
+    """Mask R-CNN with a ResNet, as mmdet ships it: config and model."""
+    cfg = get_config('mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py')
+    return cfg, build(cfg)
 
 
 def test_every_config_is_tested():
@@ -108,10 +118,9 @@ def test_model(name, models):
 
 
 @pytest.mark.parametrize('name', COCO)
-def test_neck_and_heads_are_mmdets(name, models):
+def test_neck_and_heads_are_mmdets(name, models, mmdets):
     model = models(name)
-    reference = Config.fromfile('mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py')
-    resnet = build(reference)
+    reference, resnet = mmdets
     for part in ('rpn_head', 'roi_head'):
         assert [(k, v.shape) for k, v in getattr(model, part).state_dict().items()] == [
             (k, v.shape) for k, v in getattr(resnet, part).state_dict().items()
@@ -179,7 +188,9 @@ def test_schedule_and_data(name):
     cfg = load(name)
     assert cfg.train_cfg.max_epochs == 12
     warmup, steps = cfg.param_scheduler
-    assert warmup == dict(type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=500)
+    assert (warmup.type, warmup.by_epoch, warmup.begin, warmup.end, warmup.start_factor) == (
+        'LinearLR', False, 0, 500, 0.001
+    )  # fmt: skip
     assert (steps.type, steps.by_epoch, steps.milestones, steps.gamma) == (
         'MultiStepLR', True, [8, 11], 0.1
     )  # fmt: skip
