@@ -138,32 +138,32 @@ def spread(values: Sequence[float]) -> str:
 def draw(results: dict[str, list[float]], out: Path) -> None:
     """Draw every run's accuracy and the means, beside the paper's."""
     names = list(results)
-    seeds = len(results[FULL])
+    rows = range(len(names))
+    means = [statistics.mean(results[name]) for name in names]
     with picture(out, 1, 2, figsize=(11, 3.6), sharey=True) as (fig, (ours, paper)):
-        means = [statistics.mean(results[name]) for name in names]
-        lowest = min(map(min, results.values()))
-        for axes, values, start, colour in (
-            (ours, means, lowest - 0.15 * (100 - lowest), COLOURS[1]),
-            (paper, [VARIANTS[name].paper for name in names], 69.0, COLOURS[5]),
+        for name, y in zip(names, rows, strict=True):
+            ours.plot(results[name], [y] * len(results[name]), 'o', color='black', mfc='none')
+        for axes, values, colour in (
+            (ours, means, COLOURS[1]),
+            (paper, [VARIANTS[name].paper for name in names], COLOURS[2]),
         ):
-            widths = [value - start for value in values]
-            bars = axes.barh(names, widths, left=start, color=colour, height=0.6)
-            axes.set_xlim(left=start)
-            axes.grid(axis='y', visible=False)
-            ink = 'white' if axes is ours else 'black'
-            labels = [f'{value:.1f}' for value in values]
-            axes.bar_label(bars, labels, label_type='center', color=ink, fontweight='bold')
-        for y, name in enumerate(names):
-            ours.plot(results[name], [y] * seeds, 'o', color='black', mfc='white', ms=6)
-        ours.invert_yaxis()
-        ours.set(xlabel=f'top-1 (%), scattered digits, {seeds} seeds (dots) and their mean')
+            axes.plot(values, rows, 'D', color=colour, ms=9, zorder=3)
+            for value, y in zip(values, rows, strict=True):
+                axes.annotate(f'{value:.1f}', (value, y), xytext=(0, 9),
+                              textcoords='offset points', ha='center', color=colour,
+                              fontweight='bold')  # fmt: skip
+            axes.margins(x=0.1)
+        seeds = len(results[FULL])
+        runs = f'mean of {seeds} seeds (circles)' if seeds > 1 else 'one seed'
+        ours.set(xlabel=f'top-1 (%), scattered digits: {runs}', ylim=(len(names) - 0.6, -0.8))
         paper.set(xlabel='top-1 (%), ImageNet-1K: the paper, not measured here')
+        shifts = dict(none='no shift', original="RWKV's shift")
         labels = [
-            f'{name}\n{VARIANTS[name].shift} shift, '
-            f'{"both directions" if VARIANTS[name].bidirectional else "causal"}'
-            for name in names
+            f'{name}\n{shifts.get(variant.shift, variant.shift)}, '
+            f'{"both directions" if variant.bidirectional else "causal"}'
+            for name, variant in VARIANTS.items()
         ]
-        ours.set_yticks(range(len(names)), labels)
+        ours.set_yticks(rows, labels)
         fig.suptitle('What token shift and bidirectional attention bring', fontsize=13)
 
 

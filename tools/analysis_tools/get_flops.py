@@ -41,10 +41,8 @@ def prepare(model: nn.Module, scope: str, size: tuple[int, int]) -> nn.Module:
 
 def count(cfg: Config, size: tuple[int, int], backbone_only: bool = False) -> Complexity:
     """Count what a config's model costs for one image of a size."""
-    model = build_model(cfg)
-    if backbone_only:
-        model = getattr(model, 'backbone', model)
-    else:
+    model = build_model(cfg, backbone_only)
+    if not backbone_only:
         model = prepare(model, cfg.get('default_scope'), size)
     return complexity(model, torch.zeros(1, 3, *size))
 
@@ -108,12 +106,12 @@ def main(argv: list[str] | None = None) -> None:
     for name in args.configs:
         try:
             cfg = read_config(name)
+            size = SIZES.get(cfg.get('default_scope'), (224, 224))
+            if shape is not None:
+                size = (shape[0], shape[-1])
+            cost = count(cfg, size, args.backbone)
         except (FileNotFoundError, ValueError) as error:
             sys.exit(f'Error: {error}')
-        size = SIZES.get(cfg.get('default_scope'), (224, 224))
-        if shape is not None:
-            size = (shape[0], shape[-1])
-        cost = count(cfg, size, args.backbone)
         stem = Path(name).stem
         results[stem if stem not in results else name] = cost
         numbers = (cost.parameters, cost.backbone_parameters, cost.flops, cost.backbone_flops)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from get_flops import count
+from mmengine.config import Config
 
 from vrwkv.analysis.drawing import COLOURS, picture, table, write_json
 from vrwkv.analysis.models import read_config
@@ -138,13 +139,17 @@ class Comparison(NamedTuple):
         return all(abs(a - b) <= max(TOLERANCE * b, 0.05) for a, b in pairs)
 
 
+def read_row_config(row: Row) -> Config:
+    """Read the config of a row."""
+    return read_config(row.config if '::' in row.config else f'{CONFIGS / row.config}.py')
+
+
 def compare(row: Row) -> Comparison:
     """Count a row's model: the whole classifier, or the backbone of a detector or segmentor."""
     if row.config is None:
         return Comparison(row, None, None)
-    name = row.config if '::' in row.config else str(CONFIGS / f'{row.config}.py')
     # Table 1 has no FLOPs, and parameters do not depend on the size.
-    cost = count(read_config(name), row.size or (64, 64), backbone_only=row.table in (3, 4))
+    cost = count(read_row_config(row), row.size or (64, 64), backbone_only=row.table in (3, 4))
     return Comparison(row, cost.parameters / 1e6, cost.flops / 1e9 if row.size else None)
 
 

@@ -110,7 +110,8 @@ def complexity(model: nn.Module, inputs: Tensor | tuple[Tensor, ...]) -> Complex
     Returns:
         The counts, for all images of the batch together.
     """
-    analyzer = FlopAnalyzer(model.eval(), inputs)
+    model.eval()
+    analyzer = FlopAnalyzer(model, inputs)
     analyzer.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     with torch.no_grad():
         operators = dict(analyzer.by_operator().most_common())
