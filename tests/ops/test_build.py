@@ -168,7 +168,7 @@ def test_kernels_of_this_environment_are_in_use():
 def test_never_built(fresh_backends, monkeypatch, tmp_path):
     monkeypatch.setattr(backends, '_BUILD_INFO', tmp_path / 'absent.json')
     backends.load()
-    cuda, cpu, scan = backends.diagnose()
+    cuda, _, cpu, scan = backends.diagnose()
     assert not cuda.available and not cpu.available and scan.available
     assert 'never built' in cpu.why and 'pip install' in cpu.fix
 
@@ -177,7 +177,7 @@ def test_built_for_another_torch(fresh_backends, monkeypatch, tmp_path):
     _write_info(monkeypatch, tmp_path, torch='1.13.1+cu117')
     with pytest.warns(RuntimeWarning, match=r'compiled for torch 1\.13\.1.*Reinstall'):
         backends.load()
-    cuda, cpu, _ = backends.diagnose()
+    cuda, _, cpu, _ = backends.diagnose()
     assert not cpu.available and 'torch 1.13.1+cu117' in cpu.why and 'Reinstall' in cpu.fix
     assert cuda.why == 'no nvcc was found' and cuda.fix == 'Install it'
     with warnings.catch_warnings():  # said once, at import
@@ -190,7 +190,7 @@ def test_file_that_does_not_load(fresh_backends, monkeypatch, tmp_path):
     _write_info(monkeypatch, tmp_path)
     with pytest.warns(RuntimeWarning, match='does not load.*Reinstall'):
         backends.load()
-    assert not backends.diagnose()[1].available
+    assert not backends.diagnose()[2].available
 
 
 def test_slow_path_warns_once_per_device(fresh_backends, monkeypatch, tmp_path):
@@ -242,7 +242,7 @@ def test_python_m_vrwkv_ops():
     for line, following in zip(lines, [*lines[1:], ''], strict=True):
         if line.startswith('[ ]'):  # a reason, and what to do
             assert ': ' in line and following.startswith('      ')
-    for name in ('CUDA kernels', 'C++ kernels for the CPU', 'pure-PyTorch scan'):
+    for name in ('CUDA kernels', 'Triton kernels', 'C++ kernels for the CPU', 'pure-PyTorch scan'):
         assert sum(name in line for line in lines if line.startswith('[')) == 1
 
 
@@ -262,7 +262,7 @@ def test_python_m_vrwkv_ops():
 def test_whether_kernels_cover_a_gpu(fresh_backends, monkeypatch, archs, runs):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda: (9, 0))
-    for device_type in ('cuda', 'cpu'):
+    for device_type in ('cuda', 'triton', 'cpu'):
         backends._loaded[device_type] = backends.Backend('x', True, 'compiled', archs=archs)
     cuda = backends.diagnose()[0]
     assert cuda.available is runs

@@ -1,5 +1,7 @@
 """Loads the compiled kernels and explains which backends are there, which are not, and why."""
 
+import importlib.metadata
+import importlib.util
 import json
 import re
 import warnings
@@ -15,6 +17,7 @@ _REINSTALL = (
     '--no-build-isolation <path to vrwkv_ops>'
 )
 _TITLES = {'cpu': 'C++ kernels for the CPU', 'cuda': 'CUDA kernels'}
+_TRITON = 'Triton kernels'
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,30 @@ def load() -> None:
         info = None
     for device_type in _TITLES:
         _loaded[device_type] = _load_part(device_type, info)
+    _loaded['triton'] = _find_triton()
+
+
+def triton_serves_gpus() -> bool:
+    """Whether Triton is to stand in for CUDA kernels that are not there."""
+    return _loaded['triton'].available and not _loaded['cuda'].available
+
+
+def triton_failed(why: str) -> None:
+    """Records that Triton does not work on a GPU here: the scan serves it, and says so."""
+    fix = 'Compile the CUDA kernels: pip install --force-reinstall --no-deps <path to vrwkv_ops>'
+    _loaded['triton'] = Backend(_TRITON, False, f'they do not work here ({why})', fix)
+
+
+def _find_triton() -> Backend:
+    """Whether Triton is installed, without importing it."""
+    if importlib.util.find_spec('triton') is None:
+        fix = "Install it ('pip install triton'), or a build of torch that brings it"
+        return Backend(_TRITON, False, 'Triton is not installed', fix)
+    try:
+        version = importlib.metadata.version('triton')
+    except importlib.metadata.PackageNotFoundError:  # e.g. pytorch-triton, of a nightly torch
+        version = 'of a name of its own'
+    return Backend(_TRITON, True, f'Triton {version}')
 
 
 def _load_part(device_type: str, info: dict | None) -> Backend:
@@ -96,9 +123,12 @@ def warn_if_slow(device: torch.device) -> None:
     if backend is None or device.type in _warned:
         return
     _warned.add(device.type)
+    triton = ''
+    if device.type == 'cuda' and 'triton' in _loaded and not _loaded['triton'].available:
+        triton = f'As for {_TRITON}, {_loaded["triton"].why}. '
     warnings.warn(
         f'vrwkv_ops: running the slower pure-PyTorch implementation on {device.type}, because the '
-        f'{backend.name} are not available: {backend.why}. {backend.fix}. '
+        f'{backend.name} are not available: {backend.why}. {backend.fix}. {triton}'
         "'python -m vrwkv_ops' shows all backends",
         RuntimeWarning,
         stacklevel=2,
@@ -109,6 +139,7 @@ def diagnose() -> list[Backend]:
     """States of all backends, the fastest first."""
     return [
         _check_gpu(_loaded['cuda']),
+        _check_triton(_loaded['triton']),
         _loaded['cpu'],
         Backend('pure-PyTorch scan', True, 'runs on every device that has no other backend'),
     ]
@@ -127,6 +158,17 @@ def _check_gpu(cuda: Backend) -> Backend:
         why = f'this GPU is {major}.{minor}'
         fix = f'Reinstall with TORCH_CUDA_ARCH_LIST={major}.{minor}'
     return replace(cuda, available=False, why=f'{cuda.why}, but {why}', fix=fix)
+
+
+def _check_triton(triton: Backend) -> Backend:
+    """Whether Triton's kernels have a GPU to run on, and whether they do."""
+    if not triton.available:
+        return triton
+    if not torch.cuda.is_available():
+        fix = 'Check nvidia-smi and the driver'
+        return replace(triton, available=False, why=f'{triton.why}, but torch sees no GPU', fix=fix)
+    role = 'serves GPUs' if triton_serves_gpus() else 'not needed, CUDA kernels are there'
+    return replace(triton, why=f'{triton.why}, {role}')
 
 
 def _runs_on(capability: tuple[int, int], archs: str) -> bool:

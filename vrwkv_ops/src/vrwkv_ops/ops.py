@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vrwkv_ops import backends, scan, shift
+from vrwkv_ops import backends, scan, shift, triton
 from vrwkv_ops.checks import accumulation_dtype, check_bi_wkv, check_q_shift, check_token_shift
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -200,6 +200,15 @@ def _token_shift_backward(grads, x, mixes, *args):
     return shift.backward(grads, x, mixes, *args)
 
 
+SCAN_KERNELS = {
+    'bi_wkv_forward': _bi_wkv_forward,
+    'bi_wkv_backward': _bi_wkv_backward,
+    'q_shift': _q_shift,
+    'token_shift': _token_shift,
+    'token_shift_backward': _token_shift_backward,
+}
+
+
 # --- Shapes and dtypes of results, for torch.compile and torch.export --------------------------
 
 
@@ -324,3 +333,5 @@ for _device_type, _key in (('cpu', 'AutocastCPU'), ('cuda', 'AutocastCUDA')):
     _lib.impl('bi_wkv_forward', _autocast_rule(_device_type), _key)
 
 backends.load()
+if backends.triton_serves_gpus():
+    triton.serve('CUDA', SCAN_KERNELS)

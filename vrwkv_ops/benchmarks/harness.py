@@ -1,0 +1,284 @@
+"""What the benchmarks share: facts about the machine, timing, peers, tables, files and plots."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+import vrwkv_ops
+from vrwkv_ops.backends import diagnose
+
+ROOT = Path(__file__).resolve().parents[2]
+DTYPES = {str(x).removeprefix('torch.'): x for x in (torch.float32, torch.float16, torch.bfloat16)}
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """A parser with the arguments of every benchmark."""
+
+    def __init__(self, description: str, out: str) -> None:
+        super().__init__(
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        self.add_argument('--device', type=device, default=default_device(), help='cpu, cuda, ...')
+        self.add_argument(
+            '--resolutions',
+            type=positive_int,
+            nargs='+',
+            default=[224, 384, 512, 768, 1024, 1536, 2048],
+            metavar='PIXELS',
+            help='sides of square images (default: 224 to 2048)',
+        )
+        self.add_argument('--batch-size', type=positive_int, default=1, help='default: 1')
+        self.add_argument(
+            '--repeats',
+            type=positive_int,
+            default=5,
+            help='timed rounds, of which the median counts (default: 5)',
+        )
+        self.add_argument(
+            '--peer',
+            action='append',
+            default=[],
+            type=Peer,
+            metavar='NAME=FILE.py:FUNCTION',
+            help='measure another kernel, FUNCTION(w, u, k, v) -> y like bi_wkv; repeatable',
+        )
+        self.add_argument(
+            '--out',
+            type=Path,
+            default=ROOT / 'work_dirs' / out,
+            help='where to write NAME.json and NAME.png (default: %(default)s)',
+        )
+
+
+def default_device() -> torch.device:
+    """The first GPU, or the CPU where there is none."""
+    return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+
+
+def device(name: str) -> torch.device:
+    """A device that can be used; for argparse."""
+    try:
+        result = torch.device(name)
+        torch.empty(1, device=result)
+    # Every backend has errors of its own.
+    except Exception as error:
+        detail = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f'{name!r} cannot be used: {detail}') from error
+    return result
+
+
+def positive_int(text: str) -> int:
+    """A number from 1; for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'expected a number from 1, got {text!r}')
+    return int(text)
+
+
+class Peer:
+    """Another implementation of Bi-WKV, from ``NAME=FILE.py:FUNCTION``; for argparse.
+
+    FUNCTION takes ``w, u`` of shape (C,) and ``k, v`` of shape (B, T, C), as
+    :func:`vrwkv_ops.bi_wkv` does, and returns ``y`` of the shape of ``k``, differentiable.
+    """
+
+    def __init__(self, text: str) -> None:
+        name, equals, rest = text.partition('=')
+        file, colon, function = rest.rpartition(':')
+        if not (name and equals and colon and file.endswith('.py') and function.isidentifier()):
+            raise argparse.ArgumentTypeError(f'expected NAME=FILE.py:FUNCTION, got {text!r}')
+        path = Path(file).resolve()
+        if not path.is_file():
+            raise argparse.ArgumentTypeError(f'there is no file {path}')
+        spec = importlib.util.spec_from_file_location(f'peer_{path.stem}', path)
+        module = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        # It is other people's code.
+        except Exception as error:
+            message = f'{path} fails when it is imported: {type(error).__name__}: {error}'
+            raise argparse.ArgumentTypeError(message) from error
+        if not callable(getattr(module, function, None)):
+            raise argparse.ArgumentTypeError(f'{path} has no function {function!r}')
+        self.text, self.name, self.function = text, name, getattr(module, function)
+
+
+# --- Facts ------------------------------------------------------------------------------------
+
+
+def describe_environment(used: torch.device) -> dict[str, str]:
+    """What a figure depends on: machine, versions, kernels, commit and command."""
+    facts = {
+        'device': describe_device(used),
+        'processor': f'{_processor()}, {os.cpu_count()} logical cores',
+        'threads': str(torch.get_num_threads()),
+        'CPU kernels for': torch.backends.cpu.get_cpu_capability(),
+        'system': f'{platform.system()} {platform.release()} {platform.machine()}',
+        'Python': platform.python_version(),
+        'torch': torch.__version__,
+        'CUDA of torch': str(torch.version.cuda),
+        'vrwkv_ops': vrwkv_ops.__version__,
+        'kernels': '; '.join(str(b).splitlines()[0] for b in diagnose()),
+        'commit': _output('git', '-C', str(ROOT), 'describe', '--always', '--dirty') or 'unknown',
+        'command': shlex.join(['python', *(_relative(arg) for arg in sys.argv)]),
+    }
+    if used.type == 'cuda':
+        query = ('nvidia-smi', '--query-gpu=driver_version', '--format=csv,noheader')
+        facts['driver'] = (_output(*query).splitlines() or ['unknown'])[0]
+    return facts
+
+
+def describe_device(used: torch.device) -> str:
+    """A device's name."""
+    if used.type != 'cuda':
+        return used.type
+    properties = torch.cuda.get_device_properties(used)
+    return (
+        f'{properties.name}, {properties.total_memory / 2**30:.0f} GiB, compute capability '
+        f'{properties.major}.{properties.minor}'
+    )
+
+
+def _processor() -> str:
+    try:
+        lines = Path('/proc/cpuinfo').read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(':')[2].strip() for line in lines if line.startswith('model name')]
+    return names[0] if names else platform.machine()
+
+
+def _output(*command: str) -> str:
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return ''
+    return result.stdout.strip()
+
+
+def _relative(arg: str) -> str:
+    try:
+        return str(Path(arg).resolve().relative_to(ROOT)) if arg.endswith('.py') else arg
+    except ValueError:
+        return arg
+
+
+# --- Timing -----------------------------------------------------------------------------------
+
+
+def synchronize(used: torch.device) -> None:
+    """Waits for a device."""
+    if used.type != 'cpu':
+        torch.get_device_module(used).synchronize(used)
+
+
+def time_calls(
+    calls: dict[str, Callable[[], object]], used: torch.device, repeats: int, patience: float
+) -> dict[str, float]:
+    """Median seconds of each call.
+
+    A round measures all calls, so that a change of the machine's load meets all of them. Short
+    calls are repeated within a round, for 20 ms.
+
+    Args:
+        calls: What to measure. Their arguments must be bound, not loop variables.
+        used: Where they run.
+        repeats: Number of rounds.
+        patience: A call that takes longer than this many seconds is measured once, after its
+            warm-up.
+    """
+    counts = {}
+    for name, call in calls.items():
+        call()  # warms up: compiles, fills caches
+        seconds = _seconds(call, used, 1)
+        counts[name] = max(1, min(1000, int(0.02 / max(seconds, 1e-6))))
+        if seconds > patience:
+            counts[name] = -1
+    samples = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            if counts[name] > 0 or not samples[name]:
+                samples[name].append(_seconds(call, used, abs(counts[name])))
+    return {name: statistics.median(times) for name, times in samples.items()}
+
+
+def _seconds(call: Callable[[], object], used: torch.device, count: int) -> float:
+    if used.type == 'cuda':
+        with torch.cuda.device(used):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(count):
+                call()
+            end.record()
+            end.synchronize()
+        return start.elapsed_time(end) / 1e3 / count
+    synchronize(used)
+    start = time.perf_counter()
+    for _ in range(count):
+        call()
+    synchronize(used)
+    return (time.perf_counter() - start) / count
+
+
+def copy_bandwidth(used: torch.device, repeats: int) -> float:
+    """Bytes per second that a copy of 256 MiB reads and writes (64 MiB on a CPU)."""
+    size = 2**26 if used.type == 'cpu' else 2**28
+    source = torch.ones(size // 4, device=used)
+    target = torch.empty_like(source)
+    seconds = time_calls({'copy': lambda: target.copy_(source)}, used, repeats, 10.0)['copy']
+    return 2 * size / seconds
+
+
+# --- Results ----------------------------------------------------------------------------------
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table, its columns aligned."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [cells[0].ljust(widths[0])]
+        padded += [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
+        return f'| {" | ".join(padded)} |'
+
+    rule = '|' + '|'.join('-' * (width + 2) for width in widths) + '|'
+    return '\n'.join([line(header), rule, *map(line, rows)])
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Writes results; makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + '\n')
+    print(f'Wrote {path}')
+
+
+def import_pyplot():
+    """Matplotlib's pyplot, or None and a line that says so where it is not installed."""
+    try:
+        import matplotlib as mpl
+    except ImportError:
+        print("No plot: matplotlib is not installed ('pip install matplotlib')")
+        return None
+    mpl.use('Agg')
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def save_figure(figure, path: Path) -> None:
+    """Writes a plot."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, bbox_inches='tight')
+    print(f'Wrote {path}')

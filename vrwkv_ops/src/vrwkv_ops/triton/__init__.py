@@ -1,0 +1,66 @@
+"""The operators in Triton, for GPUs for which nothing was compiled.
+
+Its modules import Triton, which need not be installed, this one does not: see :func:`serve`.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+
+import torch
+
+from vrwkv_ops import backends
+
+_FOR_GOOD = []  # a library withdraws its kernels when it is collected
+
+
+def serve(dispatch_key: str, fallbacks: Mapping[str, Callable]) -> None:
+    """Registers the Triton kernels for a dispatch key: 'CUDA', or 'CPU' for Triton's interpreter.
+
+    Nothing is imported or compiled before the first call on a device. If Triton does not work
+    there, one warning says why, and the fallbacks take over.
+
+    Args:
+        dispatch_key: Which tensors to serve.
+        fallbacks: For each operator of ``vrwkv_ops`` what to do where Triton does not work.
+    """
+    library = torch.library.Library('vrwkv_ops', 'IMPL')
+    _FOR_GOOD.append(library)
+    for name, fallback in fallbacks.items():
+        library.impl(name, _kernel(name, fallback), dispatch_key)
+
+
+def _kernel(name: str, fallback: Callable) -> Callable:
+    def kernel(*args):
+        tensor = next(arg for arg in args if isinstance(arg, torch.Tensor))
+        return (_operators()[name] if works_on(tensor.device) else fallback)(*args)
+
+    return kernel
+
+
+@functools.cache
+def _operators() -> dict[str, Callable]:
+    from vrwkv_ops.triton import bi_wkv, shift
+
+    return {
+        'bi_wkv_forward': bi_wkv.forward,
+        'bi_wkv_backward': bi_wkv.backward,
+        'q_shift': shift.q_shift,
+        'token_shift': shift.token_shift,
+        'token_shift_backward': shift.token_shift_backward,
+    }
+
+
+@functools.cache
+def works_on(device: torch.device) -> bool:
+    """Whether Triton compiles and runs a kernel on a device; tried once."""
+    try:
+        # Shifted by one to the right on a grid of 1 x 2, a group a channel: only the first remains.
+        x = torch.tensor([[[1.0, 0, 0, 0], [0, 0, 0, 0]]], device=device)
+        shifted = _operators()['q_shift'](x, 1, 2, 1, 1 / 4, False)
+        if shifted.tolist() != [[[0, 0, 0, 0], [1, 0, 0, 0]]]:
+            raise RuntimeError(f'a test kernel gave {shifted.tolist()}')
+    # Triton, its compilers and the driver raise exceptions of many types.
+    except Exception as error:
+        backends.triton_failed(f'{type(error).__name__}: {error}'.splitlines()[0])
+        return False
+    return True

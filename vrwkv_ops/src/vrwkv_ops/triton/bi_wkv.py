@@ -1,0 +1,567 @@
+"""Bi-WKV in Triton: tiles of tokens are scanned on their own, joined, and then give their outputs.
+
+A program takes ``BLOCK_T`` tokens of ``BLOCK_C`` channels of an image. Direction 0 runs from left
+to right, direction 1 from right to left; ``n`` counts the steps from a tile's edge in that
+direction, its first row being 0. A row's leaf in a scan is the token before it, and the first row's
+is the state that enters the tile: an inclusive scan then gives every row the sum over all tokens
+before it. A short sequence is a single tile, and takes a single launch.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vrwkv_ops.checks import accumulation_dtype
+from vrwkv_ops.triton.state import (
+    EMPTY,
+    LN2,
+    LOG2E,
+    MAX_DECAY,
+    decay_power,
+    exp_scaled,
+    join_grad,
+    join_wkv,
+    power_of_two,
+)
+
+WKV_FIELDS = tl.constexpr(3)  # a, c, exponent
+GRAD_FIELDS = tl.constexpr(5)  # g, h, dg, dh, exponent
+# Elements of a tile of float32, by what registers hold; half as many of float64.
+_FORWARD_ELEMENTS = 2048
+_BACKWARD_ELEMENTS = 1024
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class Tiling(NamedTuple):
+    """How the work is cut: from sizes and dtype alone, so that results depend on nothing else.
+
+    Attributes:
+        tokens: Tokens of a tile; like all here a power of two, and at most 512.
+        channels: Channels of a tile.
+        joined: Tiles that are joined at a time.
+    """
+
+    tokens: int
+    channels: int
+    joined: int
+
+
+def choose_tiling(tokens: int, elements: int) -> Tiling:
+    """Tiles of ``elements``: one of all tokens up to 256, else tiles of 64 tokens."""
+    block = triton.next_power_of_2(tokens) if tokens <= 256 else 64
+    joined = min(triton.next_power_of_2(triton.cdiv(tokens, block)), 128)
+    return Tiling(block, min(elements // block, 64), joined)
+
+
+# --- What both passes share -------------------------------------------------------------------
+
+
+@triton.jit
+def locate(C, tiles, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Image, tile, rows (BLOCK_T, 1) of the tile and channels (1, BLOCK_C) of this program."""
+    program = tl.program_id(0).to(tl.int64)
+    blocks = tl.cdiv(C, BLOCK_C)
+    c = (program % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    r = tl.arange(0, BLOCK_T)[:, None]
+    return program // blocks // tiles, program // blocks % tiles, r, c
+
+
+@triton.jit
+def _read(ptr, b, t, c, stride_b, stride_t, stride_c, valid, ACC: tl.constexpr):
+    """The elements (b, t, c) of a (B, T, C) tensor; 0 where not valid."""
+    return tl.load(ptr + b * stride_b + t * stride_t + c * stride_c, mask=valid, other=0.0).to(ACC)
+
+
+@triton.jit
+def _decay(w, r, DIRECTION: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Steps n from the tile's edge to its rows, and e^(w n) as mantissa and exponent."""
+    n = r if DIRECTION == 0 else BLOCK_T - 1 - r
+    mantissa, exponent = decay_power(w, n.to(w.dtype))
+    return n, mantissa, exponent
+
+
+# --- Forward ----------------------------------------------------------------------------------
+
+
+@triton.jit
+def _wkv_leaves(k, v, mantissa, exponent, valid):
+    """Terms e^k e^(w n) (v, 1) of tokens, where mantissa * 2^exponent is e^(w n)."""
+    key, key_exponent = exp_scaled(k, 0.0)
+    weight = tl.where(valid, key * mantissa, 0.0)
+    return weight * v, weight, tl.where(valid, key_exponent + exponent, EMPTY)
+
+
+@triton.jit
+def wkv_own_states(
+    w_ptr, k_ptr, v_ptr, own_ptr, T, C, tiles, plane, headroom,
+    k_b, k_t, k_c, v_b, v_t, v_c,
+    CAUSAL: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """What each tile holds on its own, (directions, WKV_FIELDS, B, tiles, C).
+
+    In a tile's frame, where e^(-w BLOCK_T) takes it to the edge of the next one.
+    """
+    ACC: tl.constexpr = w_ptr.dtype.element_ty
+    b, tile, r, c = locate(C, tiles, BLOCK_T, BLOCK_C)
+    t = tile * BLOCK_T + r
+    valid = (t < T) & (c < C)
+    w = tl.load(w_ptr + c, mask=c < C, other=0.0)
+    k = _read(k_ptr, b, t, c, k_b, k_t, k_c, valid, ACC)
+    v = _read(v_ptr, b, t, c, v_b, v_t, v_c, valid, ACC) * headroom
+    at = own_ptr + (b * tiles + tile) * C + c
+    for direction in tl.static_range(1 if CAUSAL else 2):
+        # The row that the token gives to is one step further.
+        step = r + 1 if direction == 0 else BLOCK_T - r
+        mantissa, exponent = decay_power(w, step.to(ACC))
+        a, weight, exponent = _wkv_leaves(k, v, mantissa, exponent, valid)
+        top = tl.max(exponent, axis=0, keep_dims=True)
+        scale = power_of_two(exponent - top)
+        a = tl.sum(a * scale, axis=0, keep_dims=True)
+        weight = tl.sum(weight * scale, axis=0, keep_dims=True)
+        field = at + direction * WKV_FIELDS * plane
+        tl.store(field, a, mask=c < C)
+        tl.store(field + plane, weight, mask=c < C)
+        tl.store(field + 2 * plane, top, mask=c < C)
+
+
+@triton.jit
+def wkv_join(
+    w_ptr, own_ptr, entering_ptr, C, tiles, plane,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """The states that enter each tile from those that all tiles hold on their own.
+
+    A program takes one direction, one image and BLOCK_C channels, BLOCK_N tiles at a time. It works
+    in float64 and with exponents of base 2 that are no whole numbers.
+    """
+    direction = tl.program_id(1).to(tl.int64)
+    b, _, row, c = locate(C, 1, BLOCK_N, BLOCK_C)
+    w = tl.load(w_ptr + c, mask=c < C, other=0.0).to(tl.float64)
+    x = tl.minimum(tl.maximum(w, -MAX_DECAY), MAX_DECAY) * (LOG2E * BLOCK_T)  # a tile's decay
+    zero = tl.zeros([1, BLOCK_C], tl.float64)
+    last_a, last_c, last_p = zero, zero, zero + EMPTY
+    for first in range(0, tiles, BLOCK_N):
+        j = first + row
+        valid = (j < tiles) & (c < C)
+        tile = tl.where(direction == 0, j, tiles - 1 - j)
+        at = own_ptr + direction * WKV_FIELDS * plane + (b * tiles + tile) * C + c
+        own_a = tl.load(at, mask=valid, other=0.0).to(tl.float64)
+        own_c = tl.load(at + plane, mask=valid, other=0.0).to(tl.float64)
+        own_p = tl.load(at + 2 * plane, mask=valid, other=EMPTY).to(tl.float64)
+        scan_a, scan_c, scan_p = tl.associative_scan((own_a, own_c, own_p + x * row), 0, join_wkv)
+        scan_a, scan_c, scan_p = join_wkv(last_a, last_c, last_p, scan_a, scan_c, scan_p)
+        p = scan_p - x * (row + 1)
+        whole = tl.floor(p)
+        scale = power_of_two(p - whole)
+        next_tile = tl.where(direction == 0, j + 1, tiles - 2 - j)
+        at = entering_ptr + direction * WKV_FIELDS * plane + (b * tiles + next_tile) * C + c
+        stored = valid & (j + 1 < tiles)
+        tl.store(at, (scan_a * scale).to(entering_ptr.dtype.element_ty), mask=stored)
+        tl.store(at + plane, (scan_c * scale).to(entering_ptr.dtype.element_ty), mask=stored)
+        tl.store(at + 2 * plane, whole.to(entering_ptr.dtype.element_ty), mask=stored)
+        is_last = row == BLOCK_N - 1
+        last_a = tl.sum(tl.where(is_last, scan_a, 0.0), axis=0, keep_dims=True)
+        last_c = tl.sum(tl.where(is_last, scan_c, 0.0), axis=0, keep_dims=True)
+        last_p = tl.sum(tl.where(is_last, p, 0.0), axis=0, keep_dims=True)
+
+
+@triton.jit
+def _wkv_neighbours(
+    w, k_ptr, v_ptr, entering_ptr, b, tile, r, c, T, C, tiles, plane, headroom,
+    k_b, k_t, k_c, v_b, v_t, v_c, DIRECTION: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """Sums over all tokens before (after, in direction 1) each row, each as (a, c) * 2^exponent."""
+    n, mantissa, exponent = _decay(w, r, DIRECTION, BLOCK_T)
+    if DIRECTION == 0:
+        t = tile * BLOCK_T + r - 1
+        enters = tile > 0
+    else:
+        t = tile * BLOCK_T + r + 1
+        enters = tile < tiles - 1
+    valid = (n > 0) & (t < T) & (c < C)
+    k = _read(k_ptr, b, t, c, k_b, k_t, k_c, valid, w.dtype)
+    v = _read(v_ptr, b, t, c, v_b, v_t, v_c, valid, w.dtype) * headroom
+    a, weight, leaf_exponent = _wkv_leaves(k, v, mantissa, exponent, valid)
+    edge = (n == 0) & enters & (c < C)
+    at = entering_ptr + DIRECTION * WKV_FIELDS * plane + (b * tiles + tile) * C + c + 0 * r
+    a += tl.load(at, mask=edge, other=0.0)
+    weight += tl.load(at + plane, mask=edge, other=0.0)
+    entering_exponent = tl.load(at + 2 * plane, mask=edge, other=EMPTY)
+    leaf_exponent = tl.maximum(leaf_exponent, entering_exponent)
+    a, weight, top = tl.associative_scan(
+        (a, weight, leaf_exponent), 0, join_wkv, reverse=DIRECTION == 1
+    )
+    return a / mantissa, weight / mantissa, top - exponent
+
+
+@triton.jit
+def wkv_outputs(
+    w_ptr, u_ptr, k_ptr, v_ptr, entering_ptr, y_ptr, residual_ptr, z_ptr,
+    T, C, tiles, plane, headroom, k_b, k_t, k_c, v_b, v_t, v_c,
+    CAUSAL: tl.constexpr, SAVE: tl.constexpr, RESIDUAL: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Gives (B, T, C): y, if SAVE z = log(denominator), if RESIDUAL what rounding y took away."""
+    ACC: tl.constexpr = w_ptr.dtype.element_ty
+    b, tile, r, c = locate(C, tiles, BLOCK_T, BLOCK_C)
+    t = tile * BLOCK_T + r
+    valid = (t < T) & (c < C)
+    w = tl.load(w_ptr + c, mask=c < C, other=0.0)
+    u = tl.load(u_ptr + c, mask=c < C, other=0.0)
+    k = _read(k_ptr, b, t, c, k_b, k_t, k_c, valid, ACC)
+    v = _read(v_ptr, b, t, c, v_b, v_t, v_c, valid, ACC)
+    key, exponent = exp_scaled(k, 0.0)
+    bonus, bonus_exponent = exp_scaled(u, 0.0)
+    own = key * bonus
+    exponent += bonus_exponent
+    numerator, denominator = own * (v * headroom), own
+    for direction in tl.static_range(1 if CAUSAL else 2):
+        other = _wkv_neighbours(
+            w, k_ptr, v_ptr, entering_ptr, b, tile, r, c, T, C, tiles, plane, headroom,
+            k_b, k_t, k_c, v_b, v_t, v_c, direction, BLOCK_T,
+        )  # fmt: skip
+        own *= power_of_two(exponent - tl.maximum(exponent, other[2]))
+        numerator, denominator, exponent = join_wkv(
+            numerator, denominator, exponent, other[0], other[1], other[2]
+        )
+    # A token that only sees itself gets its very value, so that its gradients by weights are 0.
+    y = tl.where(denominator == own, v, numerator / denominator * (1.0 / headroom))
+    at = (b * T + t) * C + c
+    rounded = y.to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + at, rounded, mask=valid)
+    if RESIDUAL:
+        tl.store(residual_ptr + at, (y - rounded.to(ACC)).to(y_ptr.dtype.element_ty), mask=valid)
+    if SAVE:
+        tl.store(z_ptr + at, tl.log(denominator) + exponent * LN2, mask=valid)
+
+
+# --- Backward ---------------------------------------------------------------------------------
+
+
+@triton.jit
+def _read_saved(
+    gy_ptr, y_ptr, residual_ptr, z_ptr, b, t, c, T, C, headroom, g_b, g_t, g_c, valid,
+    RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """The output's gradient, the output with headroom, and z."""
+    ACC: tl.constexpr = z_ptr.dtype.element_ty
+    at = (b * T + t) * C + c
+    gy = _read(gy_ptr, b, t, c, g_b, g_t, g_c, valid, ACC)
+    y = tl.load(y_ptr + at, mask=valid, other=0.0).to(ACC)
+    if RESIDUAL:
+        y += tl.load(residual_ptr + at, mask=valid, other=0.0).to(ACC)
+    return gy, y * headroom, tl.load(z_ptr + at, mask=valid, other=0.0)
+
+
+@triton.jit
+def _far(t, T, CAUSAL: tl.constexpr):
+    """Distance from token t to the farthest end of what it sees."""
+    if CAUSAL:
+        return t
+    else:
+        return tl.maximum(t, T - 1 - t)
+
+
+@triton.jit
+def _grad_leaves(
+    w, gy, y, z, t, T, mantissa, exponent, valid, CAUSAL: tl.constexpr, DIRECTION: tl.constexpr
+):
+    """Terms g = gy e^(-z) e^(w n), h = g y, and both times the origin of their distances.
+
+    Where w grows with distance, all distances that matter are alike, and their sums would cancel:
+    they count from the farthest end, see Distances in csrc/state.h.
+    """
+    shrink, shrink_exponent = exp_scaled(-z, 0.0)
+    g = tl.where(valid, shrink * mantissa * gy, 0.0)
+    origin = (t if DIRECTION == 1 else T - 1 - t) - _far(t, T, CAUSAL)
+    origin = tl.where(w < 0, origin.to(w.dtype), 0.0)
+    return g, g * y, origin * g, origin * g * y, tl.where(valid, shrink_exponent + exponent, EMPTY)
+
+
+@triton.jit
+def grad_own_states(
+    w_ptr, gy_ptr, y_ptr, residual_ptr, z_ptr, own_ptr, T, C, tiles, plane, headroom, g_b, g_t, g_c,
+    CAUSAL: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """As :func:`wkv_own_states`, of g and h: (directions, GRAD_FIELDS, B, tiles, C).
+
+    Unless causal; then there is direction 1 alone, since tokens give to later outputs only.
+    """
+    ACC: tl.constexpr = w_ptr.dtype.element_ty
+    b, tile, r, c = locate(C, tiles, BLOCK_T, BLOCK_C)
+    t = tile * BLOCK_T + r
+    valid = (t < T) & (c < C)
+    w = tl.load(w_ptr + c, mask=c < C, other=0.0)
+    gy, y, z = _read_saved(
+        gy_ptr, y_ptr, residual_ptr, z_ptr, b, t, c, T, C, headroom, g_b, g_t, g_c, valid, RESIDUAL
+    )
+    at = own_ptr + (b * tiles + tile) * C + c
+    for direction in tl.static_range(1 if CAUSAL else 0, 2):
+        step = r + 1 if direction == 0 else BLOCK_T - r
+        mantissa, exponent = decay_power(w, step.to(ACC))
+        g, h, dg, dh, exponent = _grad_leaves(
+            w, gy, y, z, t, T, mantissa, exponent, valid, CAUSAL, direction
+        )
+        steps = tl.where(w < 0, 0.0, (BLOCK_T - step).to(ACC))
+        top = tl.max(exponent, axis=0, keep_dims=True)
+        scale = power_of_two(exponent - top)
+        field = at + direction * GRAD_FIELDS * plane
+        for part in tl.static_range(4):
+            value = (g, h, dg + steps * g, dh + steps * h)[part]
+            total = tl.sum(value * scale, axis=0, keep_dims=True)
+            tl.store(field + part * plane, total, mask=c < C)
+        tl.store(field + 4 * plane, top, mask=c < C)
+
+
+@triton.jit
+def grad_join(
+    w_ptr, own_ptr, entering_ptr, C, tiles, plane, FIRST_DIRECTION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """As :func:`wkv_join`, of g and h."""
+    OUT: tl.constexpr = entering_ptr.dtype.element_ty
+    direction = tl.program_id(1).to(tl.int64) + FIRST_DIRECTION
+    b, _, row, c = locate(C, 1, BLOCK_N, BLOCK_C)
+    w = tl.load(w_ptr + c, mask=c < C, other=0.0).to(tl.float64)
+    x = tl.minimum(tl.maximum(w, -MAX_DECAY), MAX_DECAY) * (LOG2E * BLOCK_T)
+    length = tl.where(w < 0, 0.0, 1.0 * BLOCK_T).to(tl.float64)  # steps that a tile counts
+    zero = tl.zeros([1, BLOCK_C], tl.float64)
+    last_g, last_h, last_dg, last_dh, last_p = zero, zero, zero, zero, zero + EMPTY
+    for first in range(0, tiles, BLOCK_N):
+        j = first + row
+        valid = (j < tiles) & (c < C)
+        tile = tl.where(direction == 0, j, tiles - 1 - j)
+        at = own_ptr + direction * GRAD_FIELDS * plane + (b * tiles + tile) * C + c
+        own_g = tl.load(at, mask=valid, other=0.0).to(tl.float64)
+        own_h = tl.load(at + plane, mask=valid, other=0.0).to(tl.float64)
+        own_dg = tl.load(at + 2 * plane, mask=valid, other=0.0).to(tl.float64)
+        own_dh = tl.load(at + 3 * plane, mask=valid, other=0.0).to(tl.float64)
+        own_p = tl.load(at + 4 * plane, mask=valid, other=EMPTY).to(tl.float64) + x * row
+        n = length * (row + 1)
+        scan_g, scan_h, scan_dg, scan_dh, scan_p, scan_n = tl.associative_scan(
+            (own_g, own_h, own_dg, own_dh, own_p, n), 0, join_grad
+        )
+        scan_g, scan_h, scan_dg, scan_dh, scan_p, scan_n = join_grad(
+            last_g, last_h, last_dg, last_dh, last_p, zero,
+            scan_g, scan_h, scan_dg, scan_dh, scan_p, scan_n,
+        )  # fmt: skip
+        p = scan_p - x * (row + 1)
+        whole = tl.floor(p)
+        scale = power_of_two(p - whole)
+        next_tile = tl.where(direction == 0, j + 1, tiles - 2 - j)
+        at = entering_ptr + direction * GRAD_FIELDS * plane + (b * tiles + next_tile) * C + c
+        stored = valid & (j + 1 < tiles)
+        tl.store(at, (scan_g * scale).to(OUT), mask=stored)
+        tl.store(at + plane, (scan_h * scale).to(OUT), mask=stored)
+        tl.store(at + 2 * plane, (scan_dg * scale).to(OUT), mask=stored)
+        tl.store(at + 3 * plane, (scan_dh * scale).to(OUT), mask=stored)
+        tl.store(at + 4 * plane, whole.to(OUT), mask=stored)
+        is_last = row == BLOCK_N - 1
+        last_g = tl.sum(tl.where(is_last, scan_g, 0.0), axis=0, keep_dims=True)
+        last_h = tl.sum(tl.where(is_last, scan_h, 0.0), axis=0, keep_dims=True)
+        last_dg = tl.sum(tl.where(is_last, scan_dg, 0.0), axis=0, keep_dims=True)
+        last_dh = tl.sum(tl.where(is_last, scan_dh, 0.0), axis=0, keep_dims=True)
+        last_p = tl.sum(tl.where(is_last, p, 0.0), axis=0, keep_dims=True)
+
+
+@triton.jit
+def grad_outputs(
+    w_ptr, u_ptr, k_ptr, v_ptr, gy_ptr, y_ptr, residual_ptr, z_ptr, entering_ptr,
+    gk_ptr, gv_ptr, gw_ptr, gu_ptr, T, C, tiles, plane, headroom,
+    k_b, k_t, k_c, v_b, v_t, v_c, g_b, g_t, g_c,
+    CAUSAL: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Gives gk and gv, (B, T, C), and what this tile gives to gw and gu, (B, tiles, C)."""
+    ACC: tl.constexpr = w_ptr.dtype.element_ty
+    b, tile, r, c = locate(C, tiles, BLOCK_T, BLOCK_C)
+    t = tile * BLOCK_T + r
+    valid = (t < T) & (c < C)
+    w = tl.load(w_ptr + c, mask=c < C, other=0.0)
+    u = tl.load(u_ptr + c, mask=c < C, other=0.0)
+    k = _read(k_ptr, b, t, c, k_b, k_t, k_c, valid, ACC)
+    v = _read(v_ptr, b, t, c, v_b, v_t, v_c, valid, ACC) * headroom
+    key, key_exponent = exp_scaled(k, 0.0)
+    bonus, bonus_exponent = exp_scaled(u, 0.0)
+    gy, y, z = _read_saved(
+        gy_ptr, y_ptr, residual_ptr, z_ptr, b, t, c, T, C, headroom, g_b, g_t, g_c, valid, RESIDUAL
+    )
+    shrink, shrink_exponent = exp_scaled(-z, 0.0)
+
+    # The token's own output.
+    gv = power_of_two(key_exponent + bonus_exponent + shrink_exponent) * key * bonus * shrink * gy
+    gv = tl.where(valid, gv, 0.0)
+    gu = gv * (v - y)
+    gk = gu
+    gw = tl.where(w < 0, (_far(t, T, CAUSAL) - 1).to(ACC), 0.0) * gu
+
+    # What the outputs before it (sums from the left) and those after it give to it.
+    for direction in tl.static_range(1 if CAUSAL else 0, 2):
+        n, mantissa, exponent = _decay(w, r, direction, BLOCK_T)
+        from_t = t - 1 if direction == 0 else t + 1
+        inside = (n > 0) & (from_t < T) & (c < C)
+        from_gy, from_y, from_z = _read_saved(
+            gy_ptr, y_ptr, residual_ptr, z_ptr, b, from_t, c, T, C, headroom, g_b, g_t, g_c, inside,
+            RESIDUAL,
+        )  # fmt: skip
+        g, h, dg, dh, leaf_exponent = _grad_leaves(
+            w, from_gy, from_y, from_z, from_t, T, mantissa, exponent, inside, CAUSAL, direction
+        )
+        edge = (n == 0) & (tile > 0 if direction == 0 else tile < tiles - 1) & (c < C)
+        at = entering_ptr + direction * GRAD_FIELDS * plane + (b * tiles + tile) * C + c + 0 * r
+        g += tl.load(at, mask=edge, other=0.0)
+        h += tl.load(at + plane, mask=edge, other=0.0)
+        dg += tl.load(at + 2 * plane, mask=edge, other=0.0)
+        dh += tl.load(at + 3 * plane, mask=edge, other=0.0)
+        entering_exponent = tl.load(at + 4 * plane, mask=edge, other=EMPTY)
+        leaf_exponent = tl.maximum(leaf_exponent, entering_exponent)
+        steps = tl.where(w < 0, 0.0, n.to(ACC))
+        g, h, dg, dh, top, _ = tl.associative_scan(
+            (g, h, dg, dh, leaf_exponent, steps), 0, join_grad, reverse=direction == 1
+        )
+        # e^(k_i - z_t - w d) <= 1
+        e = power_of_two(top - exponent + key_exponent) * key / mantissa
+        e = tl.where(valid, e, 0.0)
+        own_distance = (-t if direction == 1 else t - (T - 1)).to(ACC)
+        part = e * (g * v - h)
+        gv += e * g
+        gk += part
+        gw -= e * (dg * v - dh) + tl.where(w < 0, own_distance, 0.0) * part
+
+    lift = 1.0 / headroom
+    at = (b * T + t) * C + c
+    tl.store(gk_ptr + at, (gk * lift).to(gk_ptr.dtype.element_ty), mask=valid)
+    tl.store(gv_ptr + at, gv.to(gv_ptr.dtype.element_ty), mask=valid)
+    at = (b * tiles + tile) * C + c
+    tl.store(gw_ptr + at, tl.sum(gw, axis=0, keep_dims=True) * lift, mask=c < C)
+    tl.store(gu_ptr + at, tl.sum(gu, axis=0, keep_dims=True) * lift, mask=c < C)
+
+
+# --- Launches ---------------------------------------------------------------------------------
+
+
+def _check(
+    w: Tensor, u: Tensor, like: Tensor, saved: dict[str, Tensor], strided: dict[str, Tensor]
+):
+    """Guards direct calls through torch.ops, which would read foreign memory.
+
+    Raises:
+        RuntimeError: If a shape, dtype, layout or device does not fit.
+    """
+    acc = accumulation_dtype(like.dtype)
+    if like.dim() != 3:
+        raise RuntimeError(f'bi_wkv: expected k of shape (B, T, C), got {tuple(like.shape)}')
+    expected = dict.fromkeys('wu', ((like.shape[2],), acc))
+    expected |= {name: (like.shape, acc if name == 'z' else like.dtype) for name in saved | strided}
+    if 'y_residual' in saved and like.dtype not in _HALF:
+        expected['y_residual'] = ((0,), like.dtype)
+    for name, x in {'w': w, 'u': u, **saved, **strided}.items():
+        shape, dtype = expected[name]
+        contiguous = name in strided or x.is_contiguous()
+        if (x.shape, x.dtype, x.device) != (
+            torch.Size(shape),
+            dtype,
+            like.device,
+        ) or not contiguous:
+            raise RuntimeError(
+                f'bi_wkv: expected {name} of shape {tuple(shape)}, {dtype}, on {like.device}'
+                f'{"" if name in strided else ", contiguous"}; got {tuple(x.shape)}, {x.dtype}, on '
+                f'{x.device}{"" if x.is_contiguous() else ", not contiguous"}'
+            )
+
+
+class _Launch:
+    """Sizes, grid and shared memory of the kernels of one call."""
+
+    def __init__(self, k: Tensor, w: Tensor, tiling: Tiling, fields: int) -> None:
+        self.batch, tokens, self.channels = k.shape
+        self.tiling = tiling
+        self.tiles = triton.cdiv(tokens, tiling.tokens)
+        self.plane = self.batch * self.tiles * self.channels
+        # A term is below 16 times its value, see csrc/driver.h. A power of two rounds nothing.
+        self.headroom = 2.0 ** (-4 - (tokens - 1).bit_length())
+        self.sizes = (tokens, self.channels, self.tiles, self.plane, self.headroom)
+        self.blocks = dict(BLOCK_T=tiling.tokens, BLOCK_C=tiling.channels)
+        self.grid = (self.batch * self.tiles * triton.cdiv(self.channels, tiling.channels),)
+        count = 2 * fields * self.plane if self.tiles > 1 else 0
+        self.own, self.entering = w.new_empty(count), w.new_empty(count)
+
+    def join(self, kernel, w: Tensor, directions: int, **flags: int) -> None:
+        """Joins the states of all tiles."""
+        # Few channels a program: the more of them run, and each has many float64 rows.
+        channels = min(self.tiling.channels, 4)
+        grid = (self.batch * triton.cdiv(self.channels, channels), directions)
+        sizes = (self.channels, self.tiles, self.plane)
+        blocks = dict(BLOCK_T=self.tiling.tokens, BLOCK_N=self.tiling.joined, BLOCK_C=channels)
+        kernel[grid](w, self.own, self.entering, *sizes, **flags, **blocks)
+
+
+def forward(
+    w: Tensor,
+    u: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    save: bool,
+    tiling: Tiling | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator ``vrwkv_ops::bi_wkv_forward``; ``tiling`` replaces the chosen one."""
+    _check(w, u, k, {}, {'v': v})
+    half = k.dtype in _HALF
+    y = torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    y_residual = k.new_empty(k.shape if save and half else (0,))
+    z = w.new_empty(k.shape if save else (0,))
+    if k.numel() == 0:
+        return y, y_residual, z
+    tiling = tiling or choose_tiling(k.shape[1], _FORWARD_ELEMENTS * 4 // w.element_size())
+    with torch.cuda.device_of(k):
+        launch = _Launch(k, w, tiling, WKV_FIELDS.value)
+        strides = (*k.stride(), *v.stride())
+        flags = dict(CAUSAL=causal, **launch.blocks)
+        if launch.tiles > 1:
+            wkv_own_states[launch.grid](w, k, v, launch.own, *launch.sizes, *strides, **flags)
+            launch.join(wkv_join, w, 1 if causal else 2)
+        wkv_outputs[launch.grid](
+            w, u, k, v, launch.entering, y, y_residual, z, *launch.sizes, *strides,
+            SAVE=save, RESIDUAL=save and half, **flags,
+        )  # fmt: skip
+    return y, y_residual, z
+
+
+def backward(
+    gy: Tensor,
+    w: Tensor,
+    u: Tensor,
+    k: Tensor,
+    v: Tensor,
+    y: Tensor,
+    y_residual: Tensor,
+    z: Tensor,
+    causal: bool,
+    tiling: Tiling | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The operator ``vrwkv_ops::bi_wkv_backward``; ``tiling`` replaces the chosen one."""
+    _check(w, u, k, {'y': y, 'y_residual': y_residual, 'z': z}, {'v': v, 'gy': gy})
+    gk, gv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
+    if k.numel() == 0:
+        return torch.zeros_like(w), torch.zeros_like(u), gk, gv
+    tiling = tiling or choose_tiling(k.shape[1], _BACKWARD_ELEMENTS * 4 // w.element_size())
+    with torch.cuda.device_of(k):
+        launch = _Launch(k, w, tiling, GRAD_FIELDS.value)
+        gw, gu = (w.new_empty(launch.batch * launch.tiles, launch.channels) for _ in range(2))
+        flags = dict(CAUSAL=causal, RESIDUAL=k.dtype in _HALF, **launch.blocks)
+        if launch.tiles > 1:
+            grad_own_states[launch.grid](
+                w, gy, y, y_residual, z, launch.own, *launch.sizes, *gy.stride(), **flags
+            )
+            first = 1 if causal else 0
+            launch.join(grad_join, w, 2 - first, FIRST_DIRECTION=first)
+        grad_outputs[launch.grid](
+            w, u, k, v, gy, y, y_residual, z, launch.entering, gk, gv, gw, gu, *launch.sizes,
+            *k.stride(), *v.stride(), *gy.stride(), **flags,
+        )  # fmt: skip
+        # In a fixed order and without atomics.
+        gw, gu = (x.sum(0, dtype=torch.float64).to(w.dtype) for x in (gw, gu))
+    return gw, gu, gk, gv
