@@ -1,0 +1,337 @@
+"""Time and memory of whole models over resolutions: VRWKV against DeiT.
+
+As in the paper's Figures 1 and 3. DeiT has plain attention, which holds a matrix of all pairs of
+tokens, and flash attention, which does not. Every figure comes from a process of its own. Memory is
+what the model, its input and the pass add: on a CPU to the resident set, on a GPU to what PyTorch
+allocates. What does not fit in memory or takes longer than --timeout is said so.
+
+A peer takes the place of bi_wkv in a VRWKV; where its result differs in any layer, it is refused.
+
+  python tools/analysis_tools/benchmark_resolution.py --resolutions 224 512 --sizes tiny small
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / 'vrwkv_ops' / 'benchmarks'))
+from harness import (
+    ArgumentParser,
+    Peer,
+    describe_environment,
+    import_pyplot,
+    markdown_table,
+    positive_int,
+    save_figure,
+    synchronize,
+    write_json,
+)
+
+from vrwkv.backbones import VRWKV, ViT
+from vrwkv.layers import mix
+from vrwkv_ops import bi_wkv
+
+# Depth is 12 in all; DeiT and VRWKV of one name have about the same number of parameters.
+WIDTHS = {'tiny': 192, 'small': 384, 'base': 768}
+HEAD_DIMS = 64
+ATTENTION = {
+    'DeiT, plain attention': [SDPBackend.MATH],
+    'DeiT, flash attention': [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION],
+}
+OURS = 'VRWKV'
+PATCH = 16
+# How much a peer's result may differ from ours: each is right to 1e-5, or to a rounding of 2^-9.
+PEER_BAR = {'float32': 2e-5, 'bfloat16': 2**-8}
+MARK = 'RESULT '
+
+
+@dataclass
+class Row:
+    """One line of the results.
+
+    Attributes:
+        size: ``'tiny'``, ``'small'`` or ``'base'``.
+        model: Which, or a peer's name.
+        resolution: Side of the images in pixels.
+        images_per_second: Median; None if there is no result.
+        memory: Peak bytes that model, input and pass add; None if there is no result.
+        note: Why there is no result.
+    """
+
+    size: str
+    model: str
+    resolution: int
+    images_per_second: float | None = None
+    memory: int | None = None
+    note: str = ''
+
+
+# --- In the process of one figure -------------------------------------------------------------
+
+
+def build(model: str, size: str, resolution: int) -> nn.Module:
+    """A model with random weights, for images of one resolution."""
+    torch.manual_seed(0)
+    sizes = dict(img_size=resolution, embed_dims=WIDTHS[size], depth=12)
+    if model in ATTENTION:
+        return ViT(num_heads=WIDTHS[size] // HEAD_DIMS, **sizes)
+    return VRWKV(**sizes)
+
+
+@contextlib.contextmanager
+def attention_of(model: str, kernel: Callable | None = None):
+    """Runs a DeiT with the attention of its name, or a VRWKV with another kernel."""
+    if model in ATTENTION:
+        with sdpa_kernel(ATTENTION[model]):
+            yield
+        return
+    ours = mix.bi_wkv
+    mix.bi_wkv = kernel or ours
+    try:
+        yield
+    finally:
+        mix.bi_wkv = ours
+
+
+def peak_memory(used: torch.device) -> int:
+    """Bytes at the peak, so far."""
+    if used.type == 'cuda':
+        return torch.cuda.max_memory_allocated(used)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == 'darwin' else peak * 1024
+
+
+def refusal(args: argparse.Namespace, network: nn.Module, images: Tensor, peer: Peer) -> str:
+    """Why a peer's result is wrong in some layer, or an empty text."""
+    ours, errors = mix.bi_wkv, []
+
+    def compare(w: Tensor, u: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
+        expected = ours(w, u, k, v).double()
+        difference = peer.function(w, u, k, v).double() - expected
+        errors.append((difference.norm() / expected.norm()).item())
+        return expected.to(v.dtype)
+
+    with attention_of(OURS, compare), autocast(args), torch.no_grad():
+        network(images)
+    bar = PEER_BAR[args.dtype]
+    if all(error <= bar for error in errors):  # NaN is wrong, too
+        return ''
+    return f'refused: differs from bi_wkv by {max(errors):.1e}, at most {bar:.0e} is right'
+
+
+def autocast(args: argparse.Namespace):
+    """The context in which the models run."""
+    enabled = args.dtype != 'float32'
+    return torch.autocast(args.device.type, torch.bfloat16, enabled=enabled)
+
+
+def measure(args: argparse.Namespace, size: str, model: str, resolution: int) -> Row:
+    """Measures one model at one resolution, in this process."""
+    row = Row(size, model, resolution)
+    peer = next((peer for peer in args.peer if peer.name == model), None)
+    if args.memory_limit and args.device.type == 'cpu':
+        # Memory that is asked for, so that it fails here and not in another program.
+        limit = int(args.memory_limit * 2**30)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    before = peak_memory(args.device)
+    with torch.device(args.device):
+        network = build(model, size, resolution)
+        images = torch.randn(args.batch_size, 3, resolution, resolution)
+    network.train(args.train)
+    if peer is not None:
+        small = torch.randn(1, 3, min(resolution, 224), min(resolution, 224), device=args.device)
+        row.note = refusal(args, network, small, peer)
+        if row.note:
+            return row
+
+    def kernel(w: Tensor, u: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
+        return (peer.function if peer else bi_wkv)(w, u, k, v)
+
+    def step() -> None:
+        with attention_of(model, kernel), torch.set_grad_enabled(args.train):
+            with autocast(args):
+                output = network(images)[0]
+            if args.train:
+                output.float().square().mean().backward()
+        synchronize(args.device)
+
+    times = []
+    for _ in range(args.repeats + 1):  # the first warms up
+        start = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - start)
+        if sum(times) > args.timeout / 2 and len(times) > 1:
+            break
+    row.images_per_second = args.batch_size / statistics.median(times[1:])
+    row.memory = peak_memory(args.device) - before
+    return row
+
+
+# --- In the process that the user started -----------------------------------------------------
+
+
+def measure_apart(args: argparse.Namespace, size: str, model: str, resolution: int) -> Row:
+    """As :func:`measure`, in a process of its own, which may fail."""
+    row = Row(size, model, resolution)
+    command = [sys.executable, __file__, *args.argv, '--one', size, model, str(resolution)]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=args.timeout + 60)
+    except subprocess.TimeoutExpired:
+        row.note = f'more than {args.timeout} s'
+        return row
+    lines = [line for line in result.stdout.splitlines() if line.startswith(MARK)]
+    if result.returncode == 0 and lines:
+        return Row(**json.loads(lines[-1].removeprefix(MARK)))
+    errors = result.stderr.strip().splitlines() or [f'ended with {result.returncode}']
+    short = ('out of memory', "can't allocate memory", 'MemoryError', 'bad_alloc')
+    killed = result.returncode == -9
+    if killed or any(text in line for line in errors for text in short):
+        row.note = 'out of memory'
+    else:
+        row.note = f'failed: {errors[-1][:150]}'
+    return row
+
+
+def run(args: argparse.Namespace) -> list[Row]:
+    """All rows. A model that failed at a resolution is not tried at larger ones."""
+    rows = []
+    for size in args.sizes:
+        failed = {}
+        for resolution in sorted(args.resolutions):
+            for model in (OURS, *(peer.name for peer in args.peer), *ATTENTION):
+                if model in failed:
+                    row = Row(size, model, resolution, note=f'not tried after {failed[model]}')
+                else:
+                    row = measure_apart(args, size, model, resolution)
+                    if row.note:
+                        failed[model] = resolution
+                rows.append(row)
+                print(f'{size}, {resolution}, {model}: {row.note or "done"}', file=sys.stderr)
+    return rows
+
+
+def table(rows: list[Row]) -> str:
+    """Rows for people."""
+    cells = []
+    for r in rows:
+        line = [r.size, str(r.resolution), r.model]
+        if r.images_per_second is None:
+            cells.append([*line, r.note, ''])
+        else:
+            cells.append([*line, f'{r.images_per_second:.3g}', f'{r.memory / 2**20:.0f}'])
+    return markdown_table(('size', 'pixels', 'model', 'images/s', 'memory (MiB)'), cells)
+
+
+def plot(rows: list[Row], title: str, path: Path) -> None:
+    """Images per second and memory over resolution, a line for each model and size."""
+    plt = import_pyplot()
+    if plt is None:
+        return
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.4))
+    models = list(dict.fromkeys(r.model for r in rows))
+    for size, style in zip(WIDTHS, ('-', '--', ':'), strict=True):
+        for index, model in enumerate(models):
+            chosen = [r for r in rows if (r.size, r.model) == (size, model) and not r.note]
+            if not chosen:
+                continue
+            options = dict(color=f'C{index}', marker='o', ms=3, label=f'{model}, {size}')
+            pixels = [r.resolution for r in chosen]
+            axes[0].loglog(pixels, [r.images_per_second for r in chosen], style, **options)
+            axes[1].loglog(pixels, [r.memory / 2**20 for r in chosen], style, **options)
+    resolutions = sorted({r.resolution for r in rows})
+    for axis, label in zip(axes, ('images per second', 'peak memory (MiB)'), strict=True):
+        axis.set_xticks(resolutions, [str(x) for x in resolutions], rotation=45)
+        axis.tick_params(axis='x', which='minor', bottom=False, labelbottom=False)
+        axis.set(xlabel='side of the image (pixels)', ylabel=label)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.suptitle(title)
+    save_figure(figure, path)
+    plt.close(figure)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = ArgumentParser(__doc__, 'benchmarks')
+    parser.add_argument(
+        '--sizes', nargs='+', choices=WIDTHS, default=['tiny'], help='default: tiny'
+    )
+    parser.add_argument(
+        '--dtype',
+        choices=PEER_BAR,
+        default='float32',
+        help='bfloat16: under autocast (default: float32)',
+    )
+    parser.add_argument('--train', action='store_true', help='forward and backward pass')
+    parser.add_argument(
+        '--timeout', type=positive_int, default=120, help='seconds a figure may take (default: 120)'
+    )
+    parser.add_argument(
+        '--memory-limit',
+        type=float,
+        default=available_memory() * 0.8,
+        metavar='GIB',
+        help='of memory that a figure may take on a CPU; 0: all (default: 80 %% of what is free)',
+    )
+    parser.add_argument('--one', nargs=3, help=argparse.SUPPRESS)  # a figure, in its process
+    args = parser.parse_args(argv)
+    args.argv = list(sys.argv[1:] if argv is None else argv)
+    if args.train and args.peer:
+        parser.error('--peer is held to the forward pass alone: leave out --train')
+    if min(args.resolutions) < PATCH:
+        parser.error(f'--resolutions start at {PATCH} (a patch), got {min(args.resolutions)}')
+    names = [peer.name for peer in args.peer]
+    if len({*names, OURS, *ATTENTION}) < len(names) + 1 + len(ATTENTION):
+        parser.error(f'--peer needs names that differ from each other and from ours, got {names}')
+    return args
+
+
+def available_memory() -> float:
+    """Free memory of the machine in GiB, or 0 where the system does not tell."""
+    with contextlib.suppress(OSError):
+        for line in Path('/proc/meminfo').read_text().splitlines():
+            if line.startswith('MemAvailable:'):
+                return math.floor(int(line.split()[1]) / 2**20 * 10) / 10
+    return 0.0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measures, prints and writes the results; returns the exit status."""
+    args = parse_args(argv)
+    if args.one:
+        size, model, resolution = args.one
+        print(MARK + json.dumps(asdict(measure(args, size, model, int(resolution)))))
+        return 0
+    facts = describe_environment(args.device)
+    for name, value in facts.items():
+        print(f'{name}: {value}')
+    rows = run(args)
+    print('\n' + table(rows) + '\n')
+    step = 'training step' if args.train else 'inference'
+    settings = dict(batch_size=args.batch_size, repeats=args.repeats, dtype=args.dtype, step=step)
+    write_json(
+        args.out / 'resolution.json',
+        {'environment': facts, 'settings': settings, 'rows': [asdict(row) for row in rows]},
+    )
+    title = f'{step}, {args.batch_size} image(s), {args.dtype}, {facts["device"]}'
+    plot(rows, title, args.out / 'resolution.png')
+    return 1 if any(r.note.startswith(('refused', 'failed')) for r in rows) else 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
