@@ -88,7 +88,7 @@ def test_mmpretrain_runs_the_same_loss(golden, as_upstream, monkeypatch):
 
 def test_converter(golden, as_upstream, tmp_path, monkeypatch):
     """MAE's code saves the weights under 'model', and its command line beside them."""
-    path = ROOT / 'tools/model_converters/vrwkv_mae_to_mmpretrain.py'
+    path = ROOT / 'tools/model_converters/convert_upstream.py'
     spec = importlib.util.spec_from_file_location('converter', path)
     converter = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(converter)

@@ -1,0 +1,173 @@
+"""Classify an image, or find or segment what is in it, with any model of the three tasks."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import mmcv
+import numpy as np
+from mmengine.config import Config
+
+from vrwkv.engine import CheckpointError
+from vrwkv.engine.model_index import find_model, list_models
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def resolve(model: str, pretrained: str | bool) -> tuple[Path, str | None]:
+    """Find the config and the weights that the command line asks for.
+
+    Args:
+        model: Path of a config or name of a model.
+        pretrained: A checkpoint, True for the released one, or False for none.
+
+    Returns:
+        The config's path; the checkpoint's path or address, or None.
+
+    Raises:
+        ValueError: If there is no such model, or no released checkpoint of it.
+        FileNotFoundError: If there is no such config.
+    """
+    if model.endswith('.py'):
+        config = Path(model)
+        if not config.is_file():
+            raise FileNotFoundError(f'config {model} does not exist')
+        known = {info.config.resolve(): info for info in list_models().values()}
+        info = known.get(config.resolve())
+    else:
+        info = find_model(model)
+        config = info.config
+    if pretrained is not True:
+        return config, pretrained or None
+    if info is None or info.weights is None:
+        raise ValueError(
+            f'nobody has released weights of {config}: name a checkpoint, --pretrained FILE'
+        )
+    return config, info.weights
+
+
+def classify(config: Path, weights: str | None, device: str, image: str, out: Path) -> str:
+    """Classify with mmpretrain."""
+    from mmpretrain import ImageClassificationInferencer
+
+    inferencer = ImageClassificationInferencer(str(config), weights or False, device)
+    (result,) = inferencer(image, show_dir=str(out))
+    scores = result['pred_scores']
+    names = inferencer.classes or [f'class {label}' for label in range(len(scores))]
+    return '\n'.join(
+        f'{scores[label]:8.2%}  {names[label]}' for label in np.argsort(-scores, kind='stable')[:5]
+    )
+
+
+def detect(config: Path, weights: str | None, device: str, image: str, out: Path) -> str:
+    """Find instances with mmdet."""
+    from mmdet.apis import DetInferencer
+
+    threshold = 0.3  # as the inferencer draws
+    inferencer = DetInferencer(str(config), weights, device, show_progress=False)
+    results = inferencer(image, out_dir=str(out), pred_score_thr=threshold, no_save_pred=True)
+    (result,) = results['predictions']
+    names = inferencer.visualizer.dataset_meta['classes']
+    lines = [
+        f'{score:8.2%}  {names[label]}  at {", ".join(f"{side:.0f}" for side in box)}'
+        for score, label, box in zip(
+            result['scores'], result['labels'], result['bboxes'], strict=True
+        )
+        if score >= threshold
+    ]
+    return '\n'.join(lines) or f'nothing with a score of at least {threshold}'
+
+
+def segment(config: Path, weights: str | None, device: str, image: str, out: Path) -> str:
+    """Label every pixel with mmseg."""
+    from mmseg.apis import MMSegInferencer
+
+    inferencer = MMSegInferencer(str(config), weights, device=device)
+    inferencer.show_progress = False
+    labels = np.asarray(inferencer(image, out_dir=str(out))['predictions'])
+    names = inferencer.visualizer.dataset_meta['classes']
+    found, counts = np.unique(labels, return_counts=True)
+    return '\n'.join(
+        f'{counts[i] / labels.size:8.2%}  {names[found[i]]}' for i in np.argsort(-counts)
+    )
+
+
+#: What runs a config, by its default scope.
+TASKS: dict[str, Callable[[Path, str | None, str, str, Path], str]] = {
+    'mmpretrain': classify,
+    'mmdet': detect,
+    'mmseg': segment,
+}
+
+
+def run(image: str, model: str, pretrained: str | bool, device: str, out: Path) -> tuple[str, Path]:
+    """Run a model on an image.
+
+    Args:
+        image: Path of the image.
+        model: Path of a config or name of a model.
+        pretrained: A checkpoint, True for the released one, or False for none.
+        device: Where to run.
+        out: Folder for the picture.
+
+    Returns:
+        The result in words and the picture's path.
+
+    Raises:
+        FileNotFoundError: If the image, config or checkpoint does not exist.
+        ValueError: If the image is none, there is no such model or no task for it.
+        CheckpointError: If the checkpoint cannot be downloaded, read or loaded.
+    """
+    if not Path(image).is_file():
+        raise FileNotFoundError(f'image {image} does not exist')
+    if mmcv.imread(image) is None:
+        raise ValueError(f'{image} is no image that OpenCV {cv2.__version__} can read')
+    config, weights = resolve(model, pretrained)
+    scope = Config.fromfile(config).get('default_scope')
+    if scope not in TASKS:
+        raise ValueError(f'{config} has the default_scope {scope!r}, not one of {list(TASKS)}')
+    before = {path: path.stat().st_mtime_ns for path in out.rglob('*')}
+    text = TASKS[scope](config, weights, device, image, out)
+    pictures = [
+        p for p in out.rglob('*.*') if p.is_file() and before.get(p) != p.stat().st_mtime_ns
+    ]
+    return text, pictures[0]
+
+
+def main() -> None:
+    """Run the demo from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('image', help='path of an image')
+    parser.add_argument('model', help='path of a config, or name of a model in model-index.yml')
+    parser.add_argument(
+        '--pretrained',
+        nargs='?',
+        const=True,
+        default=False,
+        metavar='FILE',
+        help='checkpoint to load; without a value, the released one (a download)',
+    )
+    parser.add_argument('--device', default='cpu', help='cpu, cuda, cuda:1 ... (default: cpu)')
+    parser.add_argument(
+        '--out-dir',
+        type=Path,
+        default=ROOT / 'work_dirs/image_demo',
+        help='folder for the picture (default: %(default)s)',
+    )
+    args = parser.parse_args()
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        text, picture = run(args.image, args.model, args.pretrained, args.device, args.out_dir)
+    except (CheckpointError, FileNotFoundError, ValueError) as error:
+        raise SystemExit(f'error: {error}') from error
+    if not args.pretrained:
+        print('Without --pretrained the weights are random, and so is this:')
+    print(text)
+    print(f'picture: {picture}')
+
+
+if __name__ == '__main__':
+    main()

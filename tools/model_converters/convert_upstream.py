@@ -1,0 +1,67 @@
+#!/usr/bin/env python
+"""Write a checkpoint of upstream's Vision-RWKV as a lean file of the weights alone.
+
+Classification, detection, segmentation and masked pre-training (MAE) are told apart by the names
+of the weights. The configs here load upstream's files as they are, but those of MAE, whose names
+differ; a converted file is smaller, and a .safetensors file loads without unpickling.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+
+from mmengine.runner import CheckpointLoader
+from torch import Tensor
+
+from vrwkv.backbones.vrwkv import rename_mlp_head
+from vrwkv.engine import CheckpointError
+from vrwkv.engine.convert import check_suffix, dataset_meta, save_weights
+
+
+def take_weights(checkpoint: Mapping, ema: bool) -> dict[str, Tensor]:
+    """Pick a checkpoint's weights and give them the names that they have here."""
+    if ema and 'model_ema' not in checkpoint:
+        raise CheckpointError(
+            f"--ema: the checkpoint has no 'model_ema', only {', '.join(map(str, checkpoint))}"
+        )
+    weights = checkpoint['model_ema' if ema else 'state_dict']
+    weights = {name.removeprefix('module.'): value for name, value in weights.items()}
+    if 'blocks.0.att.spatial_decay' in weights:
+        from vrwkv_cls.mae import from_upstream
+
+        return from_upstream(weights)
+    if not any(name.endswith('layers.0.att.spatial_decay') for name in weights):
+        raise CheckpointError(
+            "these are not the weights of a VRWKV: no name ends in 'layers.0.att.spatial_decay' "
+            f'({", ".join(list(weights)[:3])}, ...)'
+        )
+    rename_mlp_head(weights)
+    return weights
+
+
+def main() -> None:
+    """Convert one file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('src', help="upstream's checkpoint: a path or an address")
+    parser.add_argument('dst', help='the file to write: .safetensors or .pth')
+    parser.add_argument(
+        '--ema',
+        action='store_true',
+        help="take the moving average ('model_ema') where the file has both; default: 'model'",
+    )
+    args = parser.parse_args()
+    try:
+        check_suffix(args.dst)
+        checkpoint = CheckpointLoader.load_checkpoint(args.src, map_location='cpu')
+        weights = take_weights(checkpoint, args.ema)
+        save_weights(weights, args.dst, dataset_meta=dataset_meta(checkpoint))
+    except (CheckpointError, OSError, ValueError) as error:
+        raise SystemExit(f'error: {error}') from error
+    size = Path(args.dst).stat().st_size
+    print(f'{args.dst}: {len(weights)} tensors, {size / 1e6:.1f} MB')
+
+
+if __name__ == '__main__':
+    main()
