@@ -21,7 +21,7 @@ from pycocotools import mask as run_length
 from pycocotools.coco import COCO
 from torchvision.ops import box_iou
 
-CONFIG = ROOT / 'configs/detection/mask-rcnn_vrwkv-adapter-nano_fpn_1xb8-16e_digit-scenes.py'
+CONFIG = ROOT / 'configs/detection/mask-rcnn_vrwkv-adapter-nano_fpn_1xb8-10e_digit-scenes.py'
 SCORE = 0.5  # what is surer is drawn
 
 

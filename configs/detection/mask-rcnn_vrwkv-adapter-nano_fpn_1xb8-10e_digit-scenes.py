@@ -69,7 +69,7 @@ param_scheduler = [
         convert_to_iter_based=True,
     ),
 ]
-train_cfg = dict(max_epochs=16, val_interval=8)
+train_cfg = dict(max_epochs=10, val_interval=5)
 auto_scale_lr = dict(base_batch_size=8)
 
 default_hooks = dict(logger=dict(interval=25))
