@@ -139,9 +139,14 @@ class Comparison(NamedTuple):
         return all(abs(a - b) <= max(TOLERANCE * b, 0.05) for a, b in pairs)
 
 
+def path_of(row: Row) -> Path:
+    """Say where a config of ours lies."""
+    return CONFIGS / f'{row.config}.py'
+
+
 def read_row_config(row: Row) -> Config:
     """Read the config of a row."""
-    return read_config(row.config if '::' in row.config else f'{CONFIGS / row.config}.py')
+    return read_config(row.config if '::' in row.config else str(path_of(row)))
 
 
 def compare(row: Row) -> Comparison:
