@@ -6,7 +6,7 @@ A config does so with ``custom_imports = dict(imports=['vrwkv_det'], allow_faile
 try:
     import vrwkv.engine  # noqa: F401 (safe checkpoint loading, onedl)
 
-    from . import datasets, models, roi_extractors  # noqa: F401
+    from . import datasets, models, precision  # noqa: F401
 except ImportError as error:
     _MMCV = (
         'pip uninstall -y mmcv-lite mmcv && pip install --no-build-isolation mmcv==2.1.0 '

@@ -140,6 +140,28 @@ def test_roi_features_are_those_of_the_map(dtype, memory_format):
         torch.testing.assert_close(got[i : i + 1], expected, rtol=1e-5, atol=1e-6)
 
 
+def test_predictions_are_made_in_float32():
+    """Of what the heads give in bfloat16, as of the same numbers in float32."""
+    model = tiny_detector().eval()
+    model.test_cfg.rcnn.score_thr = 0.0
+    generator = torch.Generator().manual_seed(0)
+    # Far from the corner, where bfloat16's anchors would be off by pixels.
+    scores = [torch.randn(1, 3, 8, 300, generator=generator).bfloat16() for _ in range(5)]
+    boxes = [0.1 * torch.randn(1, 12, 8, 300, generator=generator).bfloat16() for _ in range(5)]
+    meta = dict(img_shape=(64, 2400), ori_shape=(64, 2400), scale_factor=(1.0, 1.0))
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = [[level.to(dtype) for level in levels] for levels in (scores, boxes)]
+        with torch.autocast('cpu', torch.bfloat16, enabled=dtype == torch.bfloat16):
+            (proposals,) = model.rpn_head.predict_by_feat(
+                *inputs, batch_img_metas=[meta], cfg=model.test_cfg.rpn
+            )
+        results.append(proposals)
+    for key in ('bboxes', 'scores'):
+        torch.testing.assert_close(results[1][key], results[0][key], rtol=0, atol=0)
+    assert results[0].bboxes[:, 0].max() > 1024
+
+
 # --- weights ------------------------------------------------------------------------------------
 
 
@@ -443,17 +465,19 @@ CROWD = dict(
 )
 
 
-def tiny_detector():
-    cfg = Config.fromfile(CONFIGS / 'mask-rcnn_vrwkv-adapter-tiny_fpn_1x_coco.py').model
-    cfg.backbone.update(
-        embed_dims=24, depth=4, conv_inplane=8, interaction_indexes=None, norm_cfg=dict(type='BN')
-    )
-    cfg.backbone.init_cfg = None
-    cfg.neck.update(in_channels=4 * [24], out_channels=16)
+def tiny_detector(name='mask-rcnn_vrwkv-adapter-tiny_fpn_1x_coco'):
+    """Build the detector of a config at a fraction of its size."""
+    cfg = Config.fromfile(CONFIGS / f'{name}.py').model
+    cfg.backbone.update(embed_dims=24, depth=4, init_cfg=None)
+    if 'adapter' in name:
+        cfg.backbone.update(conv_inplane=8, interaction_indexes=None, norm_cfg=dict(type='BN'))
+    if 'vit' in name:
+        cfg.backbone.window_block_indexes = [0, 1, 2] if 'window' in name else []
+    cfg.neck.update(in_channels=4 * [24] if 'adapter' in name else 24, out_channels=16)
     cfg.rpn_head.update(in_channels=16, feat_channels=16)
-    for name in ('bbox', 'mask'):
-        cfg.roi_head[f'{name}_roi_extractor'].out_channels = 16
-        cfg.roi_head[f'{name}_head'].update(in_channels=16, num_classes=2)
+    for kind in ('bbox', 'mask'):
+        cfg.roi_head[f'{kind}_roi_extractor'].out_channels = 16
+        cfg.roi_head[f'{kind}_head'].update(in_channels=16, num_classes=2)
     cfg.roi_head.bbox_head.fc_out_channels = 32
     cfg.roi_head.mask_head.conv_out_channels = 16
     torch.manual_seed(0)
@@ -462,20 +486,8 @@ def tiny_detector():
     return model
 
 
-@pytest.mark.parametrize(
-    'annotations',
-    [[], [{}], [CROWD], [{}, CROWD, dict(image_id=1)]],
-    ids=['none', 'one', 'crowd', 'both'],
-)
-def test_images_without_objects_and_crowds_train(tmp_path, annotations):
-    """No loss is NaN, all parameters get a gradient, crowds are neither objects nor background."""
-    write_coco(tmp_path, annotations)
-    data = dataset(tmp_path)
-    samples = [data[0], data[1]]
-    crowds = sum(annotation.get('iscrowd', 0) for annotation in annotations)
-    assert sum(len(s['data_samples'].ignored_instances) for s in samples) == crowds
-    assert sum(len(s['data_samples'].gt_instances) for s in samples) == len(annotations) - crowds
-    model = tiny_detector()
+def train_step(model, samples):
+    """Compute the losses and gradients of a batch, all of which must be there and finite."""
     batch = dict(
         inputs=[s['inputs'] for s in samples], data_samples=[s['data_samples'] for s in samples]
     )
@@ -486,3 +498,42 @@ def test_images_without_objects_and_crowds_train(tmp_path, annotations):
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name  # or several processes would wait for each other
         assert parameter.grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize(
+    'name',
+    [
+        'mask-rcnn_vit-adapter-tiny_window_fpn_1x_coco',
+        'mask-rcnn_vit-adapter-tiny_global_fpn_1x_coco',
+        'mask-rcnn_vrwkv-tiny_simple-fpn_1x_coco',
+    ],
+)
+def test_the_other_backbones_train_and_predict(name, tmp_path):
+    write_coco(tmp_path, [{}, dict(image_id=1)], side=80)  # padded to 96
+    data = dataset(tmp_path)
+    model = tiny_detector(name)
+    train_step(model, [data[0], data[1]])
+    model.eval().test_cfg.rcnn.score_thr = 0.0
+    sample = data[0]
+    sample['data_samples'].set_metainfo(dict(scale_factor=(1.0, 1.0)))
+    with torch.no_grad():
+        (result,) = model.test_step(
+            dict(inputs=[sample['inputs']], data_samples=[sample['data_samples']])
+        )
+    assert result.pred_instances.masks.shape == (len(result.pred_instances.bboxes), 80, 80)
+
+
+@pytest.mark.parametrize(
+    'annotations',
+    [[], [{}], [CROWD], [{}, CROWD, dict(image_id=1)]],
+    ids=['none', 'one', 'crowd', 'both'],
+)
+def test_images_without_objects_and_crowds_train(tmp_path, annotations):
+    """No loss is NaN, all parameters get a gradient, and crowds are no objects."""
+    write_coco(tmp_path, annotations)
+    data = dataset(tmp_path)
+    samples = [data[0], data[1]]
+    crowds = sum(annotation.get('iscrowd', 0) for annotation in annotations)
+    assert sum(len(s['data_samples'].ignored_instances) for s in samples) == crowds
+    assert sum(len(s['data_samples'].gt_instances) for s in samples) == len(annotations) - crowds
+    train_step(tiny_detector(), samples)
