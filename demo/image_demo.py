@@ -111,7 +111,7 @@ def run(image: str, model: str, pretrained: str | bool, device: str, out: Path) 
         model: Path of a config or name of a model.
         pretrained: A checkpoint, True for the released one, or False for none.
         device: Where to run.
-        out: Folder for the picture.
+        out: Folder for pictures, each in one named after its config.
 
     Returns:
         The result in words and the picture's path.
@@ -129,6 +129,8 @@ def run(image: str, model: str, pretrained: str | bool, device: str, out: Path) 
     scope = Config.fromfile(config).get('default_scope')
     if scope not in TASKS:
         raise ValueError(f'{config} has the default_scope {scope!r}, not one of {list(TASKS)}')
+    out = out / config.stem
+    out.mkdir(parents=True, exist_ok=True)
     before = {path: path.stat().st_mtime_ns for path in out.rglob('*')}
     text = TASKS[scope](config, weights, device, image, out)
     pictures = [
@@ -155,10 +157,9 @@ def main() -> None:
         '--out-dir',
         type=Path,
         default=ROOT / 'work_dirs/image_demo',
-        help='folder for the picture (default: %(default)s)',
+        help='folder for pictures (default: %(default)s)',
     )
     args = parser.parse_args()
-    args.out_dir.mkdir(parents=True, exist_ok=True)
     try:
         text, picture = run(args.image, args.model, args.pretrained, args.device, args.out_dir)
     except (CheckpointError, FileNotFoundError, ValueError) as error:
