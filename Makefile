@@ -11,6 +11,7 @@ INSTALL = $(PYTHON) requirements/install.py --venv $(VENV) --openmmlab $(OPENMML
 CXX_FILES = $(shell find vrwkv_ops/csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 SHELL_FILES = .ci/run $(wildcard tools/*.sh)
 PYTEST_ARGS ?=
+GPU_ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help python demo test install-demo install-test install-lint lint format unit gpu \
@@ -54,9 +55,9 @@ format: install-lint ## Format Python, C++ and CUDA
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $(CXX_FILES)
 
-gpu: install-test ## On a machine with an NVIDIA GPU and nvcc: run the tests marked cuda
-	$(RUN) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("torch sees no GPU")'
-	$(RUN) -m pytest -m cuda $(PYTEST_ARGS)
+# With the environment of the other targets if it is there, else with the torch that PYTHON has.
+gpu: python ## On a machine with an NVIDIA GPU, torch and nvcc: build, test and measure the kernels
+	$(or $(wildcard $(RUN)),$(PYTHON)) tools/gpu_check.py $(GPU_ARGS)
 
 # CPATH: headers that torch wants (cusparse.h) come with its wheels where the toolkit has only nvcc.
 cuda-compile: install-demo ## Compile the CUDA kernels for one architecture (needs nvcc, no GPU)

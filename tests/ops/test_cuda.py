@@ -40,9 +40,9 @@ def check(results, truths, dtype):
 
 @pytest.mark.parametrize('dtype', DTYPES)
 @pytest.mark.parametrize('causal', [False, True], ids=['bi', 'causal'])
-@pytest.mark.parametrize('shape', [(1, 1, 1), (3, 2, 7), (1, 33, 31), (5, 197, 33), (1, 1025, 193)])
+@pytest.mark.parametrize('shape', [(1, 1, 1), (3, 2, 7), (1, 33, 31), (5, 197, 33), (1, 999, 193)])
 def test_odd_sizes(dtype, causal, shape):
-    """Tokens and channels beside the sizes of chunks, warps and vectors; B * C no multiple of 32."""
+    """Sizes beside those of chunks, warps and vectors; B * C is no multiple of 32."""
     inputs = make_inputs(shape, dtype)
     check(run(*inputs, causal), dense_with_gradients(*inputs, causal), dtype)
 

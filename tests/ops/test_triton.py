@@ -25,6 +25,7 @@ def run_python(*args, **environment):
     )
 
 
+@pytest.mark.timeout(1800)  # about 70 s of one core, which may be shared
 def test_kernels_in_the_interpreter():
     """Its switch must be set before Triton is imported: these tests have a process of their own."""
     result = run_python(
