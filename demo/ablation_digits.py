@@ -58,14 +58,24 @@ def scatter(digits: Path, out: Path) -> Path:
 
     Returns:
         ``out``.
+
+    Raises:
+        FileExistsError: If ``out`` exists and does not hold them, whole.
     """
+    sources = {split: sorted((digits / split).glob('*/*.png')) for split in PLACES}
     if out.exists():
+        found = len(list(out.glob('*/*/*.png')))
+        count = sum(places * len(sources[split]) for split, places in PLACES.items())
+        if found != count:
+            raise FileExistsError(
+                f'{out} exists and holds {found} digits, not {count}: remove it, and run this again'
+            )
         return out
     part = out.with_name(out.name + '.part')
     shutil.rmtree(part, ignore_errors=True)
     for split, places in PLACES.items():
         rng = np.random.default_rng(tuple(split.encode()))
-        for path in sorted((digits / split).glob('*/*.png')):
+        for path in sources[split]:
             folder = part / split / path.parent.name
             folder.mkdir(parents=True, exist_ok=True)
             digit = Image.open(path)

@@ -43,6 +43,8 @@ def test_scattered_digits(ladder, data):
     stamp = (root / 'val').stat().st_mtime_ns
     assert ladder.scatter(data / 'digits', root) == root
     assert (root / 'val').stat().st_mtime_ns == stamp
+    with pytest.raises(FileExistsError, match=r'holds 1797 digits, not 3954: remove it'):
+        ladder.scatter(data / 'digits', data / 'digits')
 
 
 def test_variants_are_those_of_the_imagenet_configs(ladder):
