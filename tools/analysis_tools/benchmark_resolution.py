@@ -112,6 +112,11 @@ def peak_memory(used: torch.device) -> int:
     """Bytes at the peak, so far."""
     if used.type == 'cuda':
         return torch.cuda.max_memory_allocated(used)
+    with contextlib.suppress(OSError):
+        for line in Path('/proc/self/status').read_text().splitlines():
+            if line.startswith('VmHWM:'):
+                return int(line.split()[1]) * 1024
+    # Not on Linux, where this starts with what the parent process had.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == 'darwin' else peak * 1024
 
