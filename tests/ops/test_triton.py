@@ -71,7 +71,8 @@ def compile_for_h100(kernel, dtype, constants):
         else:  # sizes and strides, of more than 2^31 elements
             signature[name] = 'fp32' if name == 'headroom' else 'i64'
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    return triton.compile(source, target=GPUTarget('cuda', 90, 32)).asm['ptx']
+    target, options = GPUTarget('cuda', 90, 32), {'num_warps': bi_wkv._WARPS}
+    return triton.compile(source, target=target, options=options).asm['ptx']
 
 
 @pytest.mark.parametrize(
