@@ -28,7 +28,8 @@ except ModuleNotFoundError as error:
     raise ImportError(
         f'the adapters need mmcv with its compiled operators, but there is no {error.name}. '
         "mmcv-lite has none, and installs the same 'mmcv' folder, so replace it: "
-        "'pip uninstall mmcv-lite mmcv', then 'pip install mmcv'"
+        "'pip uninstall mmcv-lite mmcv', then 'pip install mmcv'",
+        name=error.name,
     ) from error
 
 FUSE_MODES = ('last', 'stages')
