@@ -25,6 +25,7 @@ if os.environ.get('TRITON_INTERPRET') != '1':
     raise RuntimeError('Set TRITON_INTERPRET=1 for these tests, before Python starts')
 
 from vrwkv_ops.triton import bi_wkv as kernels
+from vrwkv_ops.triton import pointwise
 from vrwkv_ops.triton import shift as shift_kernels
 
 # From here on, the public functions run Triton's kernels on CPU tensors.
@@ -289,6 +290,34 @@ def test_token_shift(dtype, mode, count, step):
         assert got.dtype == dtype and got.is_contiguous()
         torch.testing.assert_close(got.double(), expected, **tolerance)
     torch.testing.assert_close(results[-1].double(), truths[-1], rtol=few, atol=few)
+
+
+# --- Element-wise -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+def test_squared_relu_and_sigmoid_gate(dtype, monkeypatch):
+    """Values and gradients against PyTorch's in float64; several programs, far logits, strides."""
+    monkeypatch.setattr(pointwise, '_BLOCK', 8)
+    r, x, grad = (torch.randn(3, 7, dtype=torch.float64).to(dtype).t() for _ in range(3))
+    r[0, 0], r[0, 1], x[0, 0] = -60, 60, 0
+    leaves = [t.double().detach().requires_grad_() for t in (r, x)]
+    gated, squared = torch.sigmoid(leaves[0]) * leaves[1], torch.relu(leaves[1]) ** 2
+    truths = [
+        *(gated, *torch.autograd.grad(gated, leaves, grad.double())),
+        *(squared, *torch.autograd.grad(squared, leaves[1:], grad.double())),
+    ]
+    results = [
+        *(pointwise.sigmoid_gate(r, x), *pointwise.sigmoid_gate_backward(grad, r, x)),
+        *(pointwise.squared_relu(x), pointwise.squared_relu_backward(grad, x)),
+    ]
+    eps = max(torch.finfo(dtype).eps, 2e-6 if dtype != torch.float64 else 1e-14)
+    for got, expected in zip(results, truths, strict=True):
+        assert got.dtype == dtype and got.is_contiguous()
+        torch.testing.assert_close(got.double(), expected.detach(), rtol=eps, atol=1e-7)
+    assert pointwise.squared_relu(x[:0]).shape == (0, 3)
+    with pytest.raises(RuntimeError, match='one shape, dtype and device'):
+        pointwise.sigmoid_gate(r, x[:1])
 
 
 # --- What the dispatcher promises ---------------------------------------------------------------

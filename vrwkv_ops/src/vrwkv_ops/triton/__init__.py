@@ -39,7 +39,7 @@ def _kernel(name: str, fallback: Callable) -> Callable:
 
 @functools.cache
 def _operators() -> dict[str, Callable]:
-    from vrwkv_ops.triton import bi_wkv, shift
+    from vrwkv_ops.triton import bi_wkv, pointwise, shift
 
     return {
         'bi_wkv_forward': bi_wkv.forward,
@@ -47,6 +47,10 @@ def _operators() -> dict[str, Callable]:
         'q_shift': shift.q_shift,
         'token_shift': shift.token_shift,
         'token_shift_backward': shift.token_shift_backward,
+        'squared_relu': pointwise.squared_relu,
+        'squared_relu_backward': pointwise.squared_relu_backward,
+        'sigmoid_gate': pointwise.sigmoid_gate,
+        'sigmoid_gate_backward': pointwise.sigmoid_gate_backward,
     }
 
 
