@@ -260,6 +260,18 @@ def test_released_detector_in_mmdets_interfaces(config, released):
     assert len(prediction['labels']) == len(prediction['masks']) > 0
 
 
+def test_released_detector_starts_one_of_other_classes(config, released):
+    """All but the last layers of the heads is taken over."""
+    for kind in ('bbox', 'mask'):
+        config.model.roi_head[f'{kind}_head'].num_classes = 2
+    model = build(config.model)
+    load_checkpoint(model, str(released), map_location='cpu')
+    expected = torch.load(released, weights_only=True)['state_dict']
+    new = {name for name, value in model.state_dict().items() if not value.equal(expected[name])}
+    last = ('fc_cls', 'fc_reg', 'conv_logits')
+    assert {name.split('.')[2] for name in new} == set(last)
+
+
 @pytest.mark.parametrize('wrapped', [True, False])
 def test_classifiers_weights_leave_only_what_is_the_adapters(config, golden, tmp_path, wrapped):
     """Upstream's (wrapped, no layer scale in Tiny, a head) and bare ones, of another size."""
