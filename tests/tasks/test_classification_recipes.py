@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine.fileio import load
 from PIL import Image
 
 from vrwkv.backbones import VRWKV
@@ -140,6 +141,35 @@ custom_hooks = [dict(type='EMAHook')]
     assert trained['head.fc.weight'].shape == (2, 16)
     assert 'CPUAmpOptimWrapper' in next(work_dir.glob('*.py')).read_text()
     assert 'accuracy/top1' in next(work_dir.glob('*/*.log')).read_text()
+
+
+def test_deit_runs_through_the_same_tools(tmp_path, image_folder):
+    """The recipe of mmpretrain that the paper compares with, narrow and on two classes."""
+    path = tmp_path / f'{tmp_path.name}-deit.py'
+    path.write_text(f"""
+_base_ = [{str(ROOT / 'configs/classification/deit/deit-tiny_4xb256_in1k.py')!r}]
+arch = dict(
+    _delete_=True, embed_dims=16, num_layers=1, num_heads=2, feedforward_channels=32)
+model = dict(backbone=dict(arch=arch), head=dict(num_classes=2, in_channels=16))
+data_preprocessor = dict(num_classes=2)
+images = dict(_delete_=True, type='CustomDataset', data_root={str(image_folder)!r})
+train_dataloader = dict(
+    batch_size=8, num_workers=0,
+    dataset=dict(**images, data_prefix='train', pipeline=_base_.train_pipeline))
+val_dataloader = dict(
+    num_workers=0, dataset=dict(**images, data_prefix='val', pipeline=_base_.test_pipeline))
+test_dataloader = val_dataloader
+val_evaluator = dict(topk=1)
+test_evaluator = val_evaluator
+train_cfg = dict(max_epochs=1)
+param_scheduler = []  # its warm-up is longer
+""")
+    work_dir = train(path)
+    out = tmp_path / 'metrics.json'
+    arguments = {'--work-dir': work_dir / 'test', '--out': out, '--out-item': 'metrics'}
+    options = [str(part) for pair in arguments.items() for part in pair]
+    cli.test([str(path), str(work_dir / 'epoch_1.pth'), *options])
+    assert set(load(out)) == {'accuracy/top1'}
 
 
 # Data that do not fit.
