@@ -38,7 +38,7 @@ def check(results, truths, dtype):
         assert (got.double() - expected).norm() <= 1.001 * rounding + bar * scale, i
 
 
-@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
 @pytest.mark.parametrize('causal', [False, True], ids=['bi', 'causal'])
 @pytest.mark.parametrize('shape', [(1, 1, 1), (3, 2, 7), (1, 33, 31), (5, 197, 33), (1, 999, 193)])
 def test_odd_sizes(dtype, causal, shape):
@@ -47,7 +47,7 @@ def test_odd_sizes(dtype, causal, shape):
     check(run(*inputs, causal), dense_with_gradients(*inputs, causal), dtype)
 
 
-@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
 @pytest.mark.parametrize('tokens', [4096, 16384, 65536])
 def test_long_sequences(dtype, tokens):
     """Against the scan in float64, which test_bi_wkv.py holds against the dense formula."""

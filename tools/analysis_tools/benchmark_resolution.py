@@ -248,7 +248,7 @@ def plot(rows: list[Row], title: str, path: Path) -> None:
     plt = import_pyplot()
     if plt is None:
         return
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.4))
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), layout='constrained')
     models = list(dict.fromkeys(r.model for r in rows))
     for size, style in zip(WIDTHS, ('-', '--', ':'), strict=True):
         for index, model in enumerate(models):

@@ -237,7 +237,11 @@ def plot(rows: list[Row], title: str, path) -> None:
         return
     panels = list(dict.fromkeys((r.dtype, r.direction) for r in rows))
     figure, axes = plt.subplots(
-        1, len(panels), figsize=(4.6 * len(panels), 4.2), sharey=True, squeeze=False
+        *(1, len(panels)),
+        figsize=(4.6 * len(panels), 4.4),
+        sharey=True,
+        squeeze=False,
+        layout='constrained',
     )
     for axis, panel in zip(axes[0], panels, strict=True):
         for index, name in enumerate(dict.fromkeys(r.kernel for r in rows)):
