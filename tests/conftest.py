@@ -1,10 +1,16 @@
 """What all tests share: no GPU tests without a GPU, few threads, small data, running the tools."""
 
+import http.server
+import importlib.util
 import os
 import socket
 import subprocess
 import sys
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -116,3 +122,37 @@ def load():
     import vrwkv.engine  # noqa: F401  (allows what mmengine saves)
 
     return lambda path: torch.load(path, weights_only=True)
+
+
+@pytest.fixture(scope='session')
+def load_script(repository) -> Callable[[str], ModuleType]:
+    """Import a script by its path in the checkout."""
+
+    def load(path: str) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(Path(path).stem, repository / path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch) -> Iterator[tuple[Path, str]]:
+    """Serve a folder over HTTP on this machine; PyTorch's cache is empty, in ``tmp_path/cache``."""
+    monkeypatch.setenv('no_proxy', '127.0.0.1')
+    monkeypatch.setattr(torch.hub, '_hub_dir', str(tmp_path / 'cache'))
+    folder = tmp_path / 'served'
+    folder.mkdir()
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(
+        ('127.0.0.1', 0), partial(Handler, directory=str(folder))
+    )
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield folder, f'http://127.0.0.1:{server.server_port}'
+    server.shutdown()
+    server.server_close()

@@ -1,6 +1,5 @@
 """demo/image_demo.py for the three tasks, and what it says when something is wrong."""
 
-import importlib.util
 import re
 from pathlib import Path
 
@@ -15,12 +14,9 @@ ROOT = Path(__file__).resolve().parents[2]
 TINY = 'vrwkv-tiny_8xb128_in1k'
 
 
-@pytest.fixture(scope='module')
-def demo():
-    spec = importlib.util.spec_from_file_location('image_demo', ROOT / 'demo/image_demo.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def demo(load_script):
+    return load_script('demo/image_demo.py')
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Masked pre-training: encoder and decoder against upstream's numbers and against MAE's rules."""
 
 import argparse
-import importlib.util
 import math
 from pathlib import Path
 
@@ -86,17 +85,13 @@ def test_mmpretrain_runs_the_same_loss(golden, as_upstream, monkeypatch):
     assert relative_error(loss.reshape(1), golden['outputs'][0]) < TOLERANCE
 
 
-def test_converter(golden, as_upstream, tmp_path, monkeypatch):
+def test_converter(golden, as_upstream, tmp_path, monkeypatch, load_script):
     """MAE's code saves the weights under 'model', and its command line beside them."""
-    path = ROOT / 'tools/model_converters/convert_upstream.py'
-    spec = importlib.util.spec_from_file_location('converter', path)
-    converter = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(converter)
     source, target = tmp_path / 'upstream.pth', tmp_path / 'converted.pth'
     checkpoint = dict(model=golden['state_dict'], args=argparse.Namespace(lr=0.1), epoch=7)
     torch.save(checkpoint, source)
     monkeypatch.setattr('sys.argv', ['converter', str(source), str(target)])
-    converter.main()
+    load_script('tools/model_converters/convert_upstream.py').main()
     model = build(dict(shift_mode='single_shift'), dict(shift_mode='single_shift'))
     load_checkpoint(model, str(target), strict=True)
     for name, value in as_upstream.state_dict().items():

@@ -1,12 +1,8 @@
 """Upstream's checkpoint files, rebuilt from the golden ones, load unchanged and strictly."""
 
 import errno
-import http.server
-import importlib.util
 import sys
-import threading
 from argparse import Namespace
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -36,18 +32,15 @@ def golden(name):
     return torch.load(ROOT / f'tests/data/golden/{name}.pt', weights_only=True)
 
 
-def tool(name):
-    """Import a script of tools/model_converters."""
-    path = ROOT / f'tools/model_converters/{name}.py'
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def run_tool(load_script, monkeypatch):
+    """Run a script of tools/model_converters."""
 
+    def run_tool(name, *args):
+        monkeypatch.setattr('sys.argv', [name, *map(str, args)])
+        load_script(f'tools/model_converters/{name}.py').main()
 
-def run_tool(monkeypatch, name, *args):
-    monkeypatch.setattr('sys.argv', [name, *map(str, args)])
-    tool(name).main()
+    return run_tool
 
 
 @pytest.fixture(scope='module')
@@ -264,36 +257,24 @@ def test_what_cannot_be_loaded_safely_is_explained(large, tmp_path):
 
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """Serve a folder, and put models into mmpretrain's hub whose weights lie there."""
-    monkeypatch.setenv('no_proxy', '127.0.0.1')
-    monkeypatch.setattr(torch.hub, '_hub_dir', str(tmp_path / 'cache'))
+def hub(server, tmp_path, monkeypatch):
+    """Put models into mmpretrain's hub whose weights lie on a local server."""
+    folder, url = server
     monkeypatch.setattr(ModelHub, '_models_dict', ModelHub._models_dict.copy())
-    (tmp_path / 'served').mkdir()
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *args):
-            pass
-
-    handler = partial(Handler, directory=str(tmp_path / 'served'))
-    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
 
     def add(name, cfg, checkpoint):
-        torch.save(checkpoint, tmp_path / f'served/{name}.pth')
+        torch.save(checkpoint, folder / f'{name}.pth')
         cfg.dump(tmp_path / f'{name}.py')
         (tmp_path / f'{name}.yml').write_text(f"""
 Models:
   - Name: {name}
     Results: [{{Task: Image Classification, Dataset: none, Metrics: {{}}}}]
-    Weights: http://127.0.0.1:{server.server_port}/{name}.pth
+    Weights: {url}/{name}.pth
     Config: {name}.py
 """)
         ModelHub.register_model_index(tmp_path / f'{name}.yml')
 
-    yield add
-    server.shutdown()
-    server.server_close()
+    return add
 
 
 def test_by_name_with_a_download(hub, tiny, large, tmp_path):
@@ -310,11 +291,11 @@ def test_by_name_with_a_download(hub, tiny, large, tmp_path):
 
 
 @pytest.mark.parametrize('suffix', ['.safetensors', '.pth'])
-def test_converter_writes_lean_files(suffix, tiny, tmp_path, monkeypatch, capsys):
+def test_converter_writes_lean_files(suffix, tiny, tmp_path, run_tool, capsys):
     checkpoint, data = tiny
     source, target = tmp_path / 'upstream.pth', tmp_path / f'lean{suffix}'
     torch.save(checkpoint, source)
-    run_tool(monkeypatch, 'convert_upstream', source, target)
+    run_tool('convert_upstream', source, target)
     assert f'{len(checkpoint["state_dict"])} tensors' in capsys.readouterr().out
     check_all_loaded(by_torch(narrow(TINY, data), target, None), checkpoint['state_dict'])
     if suffix == '.pth':
@@ -325,17 +306,17 @@ def test_converter_writes_lean_files(suffix, tiny, tmp_path, monkeypatch, capsys
 
 
 @pytest.mark.parametrize('ema', [False, True])
-def test_converter_of_large(ema, large, cfg_node, tmp_path, monkeypatch):
+def test_converter_of_large(ema, large, cfg_node, tmp_path, run_tool):
     average = {f'module.{key}': value + 1 for key, value in large['state_dict'].items()}
     source, target = tmp_path / 'upstream.pth', tmp_path / 'lean.safetensors'
     cfg_node(dict(model=large['state_dict'], model_ema=average), source)
-    run_tool(monkeypatch, 'convert_upstream', source, target, *(['--ema'] if ema else []))
+    run_tool('convert_upstream', source, target, *(['--ema'] if ema else []))
     expected = {key: value + ema for key, value in large['state_dict'].items()}
     check_all_loaded(by_torch(narrow(LARGE, large), target, None), expected)
 
 
 @pytest.mark.parametrize('name', ['det_adapter_tiny', 'seg_adapter_tiny'])
-def test_converter_of_detection_and_segmentation(name, tmp_path, monkeypatch):
+def test_converter_of_detection_and_segmentation(name, tmp_path, run_tool):
     """Names stay, all of them."""
     weights = {f'backbone.{key}': value for key, value in golden(name)['state_dict'].items()}
     head = 'rpn_head.rpn_conv' if name.startswith('det') else 'decode_head.conv_seg'
@@ -344,17 +325,17 @@ def test_converter_of_detection_and_segmentation(name, tmp_path, monkeypatch):
     torch.save(
         dict(meta=meta, state_dict=weights, optimizer=dict(a=torch.ones(9))), tmp_path / 'in.pth'
     )
-    run_tool(monkeypatch, 'convert_upstream', tmp_path / 'in.pth', tmp_path / 'out.safetensors')
+    run_tool('convert_upstream', tmp_path / 'in.pth', tmp_path / 'out.safetensors')
     written = load_file(tmp_path / 'out.safetensors')
     assert set(written) == set(weights)
     assert all(torch.equal(written[key], value) for key, value in weights.items())
 
 
-def test_converter_of_mae(tmp_path, monkeypatch):
+def test_converter_of_mae(tmp_path, run_tool):
     """Renamed for mmpretrain's MAE; tests/tasks/test_mae.py loads it there."""
     weights = golden('mae')['state_dict']
     torch.save(dict(model=weights, args=Namespace(lr=0.1), epoch=7), tmp_path / 'in.pth')
-    run_tool(monkeypatch, 'convert_upstream', tmp_path / 'in.pth', tmp_path / 'out.pth')
+    run_tool('convert_upstream', tmp_path / 'in.pth', tmp_path / 'out.pth')
     written = torch.load(tmp_path / 'out.pth', weights_only=True)['state_dict']
     assert len(written) == len(weights)
     assert {key.partition('.')[0] for key in written} == {'backbone', 'neck'}
@@ -369,23 +350,23 @@ def test_converter_of_mae(tmp_path, monkeypatch):
         (('tiny.pth', 'out.pth', '--ema'), "the checkpoint has no 'model_ema', only "),
     ],
 )
-def test_converter_errors(args, message, tiny, tmp_path, monkeypatch):
+def test_converter_errors(args, message, tiny, tmp_path, monkeypatch, run_tool):
     monkeypatch.chdir(tmp_path)
     torch.save(dict(state_dict={'conv1.weight': torch.ones(1)}), 'resnet.pth')
     torch.save(tiny[0], 'tiny.pth')
     with pytest.raises(SystemExit, match=f'error: .*{message}'):
-        run_tool(monkeypatch, 'convert_upstream', *args)
+        run_tool('convert_upstream', *args)
     assert not list(tmp_path.glob('out*'))
 
 
-def test_converter_on_a_full_disk(tiny, tmp_path, monkeypatch):
+def test_converter_on_a_full_disk(tiny, tmp_path, monkeypatch, run_tool):
     def full(descriptor):
         raise OSError(errno.ENOSPC, 'No space left on device')
 
     torch.save(tiny[0], tmp_path / 'tiny.pth')
     monkeypatch.setattr('os.fsync', full)
     with pytest.raises(SystemExit, match='No space left on device'):
-        run_tool(monkeypatch, 'convert_upstream', tmp_path / 'tiny.pth', tmp_path / 'out.pth')
+        run_tool('convert_upstream', tmp_path / 'tiny.pth', tmp_path / 'out.pth')
     assert [path.name for path in tmp_path.iterdir()] == ['tiny.pth']
 
 
@@ -401,13 +382,13 @@ def ids(tmp_path):
 
 @pytest.mark.parametrize('which', ['tiny', 'large'])
 def test_fine_tuning_starts_from_rows_of_the_larger_head(
-    which, ids, tiny, large, tmp_path, monkeypatch
+    which, ids, tiny, large, tmp_path, run_tool
 ):
     checkpoint, data = tiny if which == 'tiny' else (dict(model=large['state_dict']), large)
     weights = checkpoint.get('state_dict') or checkpoint['model']
     torch.save(checkpoint, tmp_path / 'in.pth')
     args = (tmp_path / 'in.pth', tmp_path / 'out.pth', '--classes', ids[0], '--subset', ids[1])
-    run_tool(monkeypatch, 'subset_head', *args)
+    run_tool('subset_head', *args)
     cfg = narrow(TINY if which == 'tiny' else LARGE, data)
     cfg.model.head.num_classes = 3
     model = by_torch(cfg, tmp_path / 'out.pth', None)
@@ -433,10 +414,10 @@ def test_fine_tuning_starts_from_rows_of_the_larger_head(
         (lambda ids: ids[1].unlink(), r'in1k\.txt does not exist'),
     ],
 )
-def test_ids_that_do_not_fit(change, message, ids, tiny, tmp_path, monkeypatch):
+def test_ids_that_do_not_fit(change, message, ids, tiny, tmp_path, run_tool):
     torch.save(tiny[0], tmp_path / 'in.pth')
     change(ids)
     args = (tmp_path / 'in.pth', tmp_path / 'out.pth', '--classes', ids[0], '--subset', ids[1])
     with pytest.raises(SystemExit, match=f'error: .*{message}'):
-        run_tool(monkeypatch, 'subset_head', *args)
+        run_tool('subset_head', *args)
     assert not (tmp_path / 'out.pth').exists()

@@ -1,12 +1,10 @@
 """Checkpoints load safely, wherever mmengine loads them; what cannot be loaded is explained."""
 
 import hashlib
-import http.server
 import io
 import os
 import pickle
 import shutil
-import threading
 import zipfile
 from functools import partial
 
@@ -231,27 +229,6 @@ def test_init_cfg_and_load_from_use_it(checkpoint, tmp_path):
     (tmp_path / 'bad.pth').write_text('text')
     with pytest.raises(CheckpointError, match='is not a PyTorch checkpoint'):
         Module(pretrained(checkpoint=str(tmp_path / 'bad.pth'))).init_weights()
-
-
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    """Serve a folder over HTTP on this machine; PyTorch's cache is empty."""
-    monkeypatch.setenv('no_proxy', '127.0.0.1')
-    monkeypatch.setattr(torch.hub, '_hub_dir', str(tmp_path / 'cache'))
-    folder = tmp_path / 'served'
-    folder.mkdir()
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *args):
-            pass
-
-    server = http.server.ThreadingHTTPServer(
-        ('127.0.0.1', 0), partial(Handler, directory=str(folder))
-    )
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield folder, f'http://127.0.0.1:{server.server_port}'
-    server.shutdown()
-    server.server_close()
 
 
 def test_download(server, checkpoint, tmp_path):
