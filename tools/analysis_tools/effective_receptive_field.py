@@ -48,7 +48,8 @@ def read_images(folder: Path | None, count: int, size: int, seed: int) -> list[n
     if not paths:
         raise ValueError(f"no image ({', '.join(SUFFIXES)}) in '{folder}'")
     images = []
-    for path in paths[:count]:
+    # Not the first ones, which may be all of one class.
+    for path in paths[:: max(1, len(paths) // count)][:count]:
         try:
             image = Image.open(path).convert('RGB')
         except (UnidentifiedImageError, OSError) as error:
@@ -110,9 +111,9 @@ def measure(model: nn.Module, images: list[np.ndarray]) -> Field:
 
 def draw(fields: dict[str, Field], subtitle: str, out: Path) -> None:
     """Draw the fields side by side, on one logarithmic scale of their strongest pixels."""
-    decades = 4
+    decades = 5
     width = max(3.1 * len(fields) + 0.7, 5)
-    with picture(out, 1, len(fields), figsize=(width, 4.1), squeeze=False) as (fig, axes):
+    with picture(out, 1, len(fields), figsize=(width, 4.3), squeeze=False) as (fig, axes):
         for ax, (name, field) in zip(axes.flat, fields.items(), strict=True):
             # Means over some pixels: fine speckle says nothing and hides the shape.
             side = max(1, len(field.influence) // 128)
@@ -121,8 +122,9 @@ def draw(fields: dict[str, Field], subtitle: str, out: Path) -> None:
             shown = ax.imshow(level, cmap='viridis', vmin=-decades, vmax=0)
             ax.set_title(name, fontsize=13, fontweight='bold')
             ax.set_xlabel(
-                f'half of it in {field.half:.1%} of the area,\n90 % in {field.most:.0%}; '
-                f'above {field.above:.0%}, below {field.below:.0%}',
+                f'half of it in {100 * field.half:.2g} % of the area,\n'
+                f'90 % in {100 * field.most:.2g} %;\n'
+                f'above {100 * field.above:.2g} %, below {100 * field.below:.2g} %',
                 fontsize=10,
             )
             ax.set(xticks=[], yticks=[])
