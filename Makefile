@@ -14,11 +14,11 @@ PYTEST_ARGS ?=
 GPU_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help python demo test install-demo install-test install-lint lint format unit gpu \
+.PHONY: help python demo demo-detection demo-segmentation test install-demo install-test install-lint lint format unit gpu \
 	cuda-compile clean clean-env
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' Makefile
 
 python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "[install] Error: \
@@ -36,6 +36,12 @@ install-lint: python
 
 demo: install-demo ## Train a small VRWKV on digits, evaluate it and draw its predictions
 	PYTHONWARNINGS='ignore:pkg_resources is deprecated:UserWarning' $(RUN) demo/digits_demo.py
+
+demo-detection: install-test ## The same for detection: find digits on photographs
+	$(RUN) demo/digits_detection_demo.py
+
+demo-segmentation: install-test ## The same for segmentation: label the pixels of digits on photographs
+	$(RUN) demo/digits_segmentation_demo.py
 
 test: install-test ## Lint and run all tests
 	$(MAKE) --no-print-directory lint unit
