@@ -7,11 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vrwkv_ops.checks import accumulation_dtype, shift_bounds
+from vrwkv_ops.checks import MAX_MIXES, SHIFT_MODES, accumulation_dtype, shift_bounds
 from vrwkv_ops.triton.bi_wkv import locate
 
 _BLOCKS = dict(BLOCK_T=32, BLOCK_C=64)
-_MAX_MIXES = 3
 
 
 @triton.jit
@@ -98,7 +97,9 @@ def token_shift_backward_kernel(
     tl.store(gx_ptr + (b * tokens + t) * C + c, gx.to(gx_ptr.dtype.element_ty), mask=valid)
 
 
-def _check(x: Tensor, height: int, width: int, shift_pixel: int) -> None:
+def _check(
+    x: Tensor, height: int, width: int, shift_pixel: int, gamma: float, mode: str = 'q_shift'
+) -> None:
     """Guards direct calls through torch.ops, which would read foreign memory."""
     if x.dim() != 3 or height < 0 or width < 0 or x.shape[1] != height * width:
         raise RuntimeError(
@@ -107,14 +108,21 @@ def _check(x: Tensor, height: int, width: int, shift_pixel: int) -> None:
         )
     if shift_pixel < 0:
         raise RuntimeError(f'token shift: expected shift_pixel >= 0, got {shift_pixel}')
+    if not 0 < gamma <= 1 / 4:
+        raise RuntimeError(f'token shift: expected channel_gamma in (0, 1/4], got {gamma}')
+    if mode not in SHIFT_MODES or (mode != 'q_shift' and height != 1):
+        raise RuntimeError(
+            f'token shift: expected one of {SHIFT_MODES}, on a grid of one row unless '
+            f"'q_shift', got {mode!r} and {height} rows"
+        )
 
 
 def _check_mixes(x: Tensor, mixes: Tensor, grads: Sequence[Tensor] | None = None) -> None:
     dtype = accumulation_dtype(x.dtype)
-    fits = mixes.dim() == 2 and 1 <= len(mixes) <= _MAX_MIXES and mixes.shape[1] == x.shape[2]
+    fits = mixes.dim() == 2 and 1 <= len(mixes) <= MAX_MIXES and mixes.shape[1] == x.shape[2]
     if not fits or mixes.dtype != dtype or mixes.device != x.device or not mixes.is_contiguous():
         raise RuntimeError(
-            f'token_shift: expected mixes of shape (1 to {_MAX_MIXES}, {x.shape[2]}), contiguous, '
+            f'token_shift: expected mixes of shape (1 to {MAX_MIXES}, {x.shape[2]}), contiguous, '
             f'{dtype}, on {x.device}; got {tuple(mixes.shape)}, {mixes.dtype}, on {mixes.device}'
         )
     if grads is not None and (
@@ -137,7 +145,7 @@ def q_shift(
     x: Tensor, height: int, width: int, shift_pixel: int, channel_gamma: float, reverse: bool
 ) -> Tensor:
     """The operator ``vrwkv_ops::q_shift``."""
-    _check(x, height, width, shift_pixel)
+    _check(x, height, width, shift_pixel, channel_gamma)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return out
@@ -162,7 +170,7 @@ def token_shift(
     mode: str,
 ) -> list[Tensor]:
     """The operator ``vrwkv_ops::token_shift``."""
-    _check(x, height, width, shift_pixel)
+    _check(x, height, width, shift_pixel, channel_gamma, mode)
     _check_mixes(x, mixes)
     outs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in mixes]
     if x.numel() == 0:
@@ -189,7 +197,7 @@ def token_shift_backward(
     mode: str,
 ) -> tuple[Tensor, Tensor]:
     """The operator ``vrwkv_ops::token_shift_backward``."""
-    _check(x, height, width, shift_pixel)
+    _check(x, height, width, shift_pixel, channel_gamma, mode)
     _check_mixes(x, mixes, grads)
     gx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
@@ -212,4 +220,4 @@ def token_shift_backward(
 
 def _padded(tensors: Sequence[Tensor]) -> list[Tensor]:
     """As many as the kernels take; they do not look at what is too many."""
-    return [*tensors, *[tensors[0]] * (_MAX_MIXES - len(tensors))]
+    return [*tensors, *[tensors[0]] * (MAX_MIXES - len(tensors))]
