@@ -38,6 +38,28 @@ def test_opcheck(device, dtype, causal):
 
 @devices
 @dtypes
+@pytest.mark.parametrize('mode', ['q_shift', 'double_shift'])
+def test_opcheck_of_token_shift(device, dtype, mode):
+    w, u, k, v = make_inputs(device, dtype)
+    mixes = torch.stack([w, u]).detach()
+    args = (*((2, 3) if mode == 'q_shift' else (1, 6)), 1, 0.25, mode)
+    opcheck(ops.token_shift.default, (k, mixes.clone().requires_grad_(), *args))
+    opcheck(ops.token_shift_backward.default, ([k.detach(), v.detach()], k.detach(), mixes, *args))
+
+
+@devices
+@dtypes
+def test_opcheck_of_pointwise(device, dtype):
+    _, _, r, x = make_inputs(device, dtype)
+    opcheck(ops.squared_relu.default, (x,))
+    opcheck(ops.sigmoid_gate.default, (r, x))
+    r, x = r.detach(), x.detach()
+    opcheck(ops.squared_relu_backward.default, (r, x))
+    opcheck(ops.sigmoid_gate_backward.default, (r, r, x))
+
+
+@devices
+@dtypes
 def test_what_is_saved(device, dtype):
     """z is the log of the denominator; y and its residual together are exact to 16 bits."""
     w, u, k, v = make_inputs(device, dtype, (1, 2, 3), grad=False)
@@ -186,4 +208,9 @@ def test_nothing_as_large_as_an_input_is_allocated(dtype):
     _, sizes = _allocations(lambda: ops.bi_wkv_backward(gy, w, u, k, v, *saved, False))
     assert [size for size in sizes if size >= nbytes] == [nbytes] * 2  # gk, gv
     _, sizes = _allocations(lambda: ops.q_shift(k, 64, 64, 1, 0.25, False))
+    assert [size for size in sizes if size >= nbytes] == [nbytes]
+    shift = (torch.stack([w, u]), 64, 64, 1, 0.25, 'q_shift')
+    _, sizes = _allocations(lambda: ops.token_shift(k, *shift))
+    assert [size for size in sizes if size >= nbytes] == [nbytes] * 2
+    _, sizes = _allocations(lambda: ops.token_shift_backward([k, v], k, *shift))
     assert [size for size in sizes if size >= nbytes] == [nbytes]

@@ -3,8 +3,14 @@
 import pytest
 import torch
 
-from vrwkv_ops import bi_wkv, q_shift
-from vrwkv_ops.reference import bi_wkv_reference, q_shift_reference
+from vrwkv_ops import bi_wkv, q_shift, sigmoid_gate, squared_relu, token_shift
+from vrwkv_ops.reference import (
+    bi_wkv_reference,
+    q_shift_reference,
+    sigmoid_gate_reference,
+    squared_relu_reference,
+    token_shift_reference,
+)
 from vrwkv_ops.scan import bi_wkv_scan
 
 
@@ -98,6 +104,81 @@ WRONG_SHIFT = {
         'C = 8 channels.*C >= 10',
     ),
 }
+# What is wrong for Q-Shift is wrong for the mix of it; and more is.
+MIXES = [torch.zeros(8), torch.zeros(1, 1, 8)]
+WRONG_TOKEN_SHIFT = {
+    name: ({'mixes': MIXES, **arguments}, error, message)
+    for name, (arguments, error, message) in WRONG_SHIFT.items()
+} | {
+    'no grid': (shift(mixes=MIXES, resolution=None), TypeError, "'resolution'.*pair.*NoneType"),
+    'other mode': (
+        shift(mixes=MIXES, mode='quad_shift'),
+        ValueError,
+        "'mode'.*'q_shift', 'single_shift', 'double_shift'.*'quad_shift'",
+    ),
+    'mode none': (shift(mixes=MIXES, mode=None), ValueError, "'mode'.*'q_shift'.*None"),
+    'two groups': (
+        shift(mixes=MIXES, mode='double_shift', channel_gamma=0.1),
+        ValueError,
+        'too few for two groups.*C >= 10',
+    ),
+    'gamma missing': (
+        shift(mixes=MIXES, mode='double_shift', channel_gamma=None),
+        TypeError,
+        "'channel_gamma'.*float.*NoneType",
+    ),
+    'image without a grid': (
+        shift(mixes=MIXES, mode='single_shift', x=torch.zeros(2, 8, 2, 3)),
+        ValueError,
+        r"'x'.*\(B, T, C\).*\(2, 8, 2, 3\)",
+    ),
+    'no mixes': (shift(mixes=[]), ValueError, "'mixes'.*1 to 3.*0"),
+    'four mixes': (shift(mixes=MIXES * 2), ValueError, "'mixes'.*1 to 3.*4"),
+    'a lone mix': (shift(mixes=torch.zeros(8)), ValueError, r"'mixes'.*\(n, C\).*\(8,\)"),
+    'a dict of mixes': (shift(mixes={'k': MIXES[0]}), TypeError, "'mixes'.*sequence.*dict"),
+    'a number for a mix': (shift(mixes=[0.5]), TypeError, r"'mixes\[0\]'.*Tensor.*float"),
+    'a mix missing': (
+        shift(mixes=[MIXES[0], None]),
+        TypeError,
+        r"'mixes\[1\]'.*torch.Tensor.*NoneType",
+    ),
+    'integer mixes': (shift(mixes=[MIXES[0].long()]), TypeError, r"'mixes\[0\]'.*int64.*float32"),
+    'mix of other C': (
+        shift(mixes=[MIXES[0], torch.zeros(7)]),
+        ValueError,
+        r"'mixes\[1\]'.*C = 8.*\(2, 6, 8\).*\(7,\)",
+    ),
+    'mix per token': (
+        shift(mixes=[torch.zeros(2, 6, 8)]),
+        ValueError,
+        r"'mixes\[0\]'.*\(1, 1, C\).*\(2, 6, 8\)",
+    ),
+    'device of a mix': (
+        shift(mixes=[torch.zeros(8, device='meta')]),
+        ValueError,
+        r"'mixes\[0\]' is on meta.*'x' is on cpu",
+    ),
+}
+# For functions of x alone, and for those of r and x.
+WRONG_POINTWISE = {
+    'no tensor': (dict(x=[1.0]), TypeError, "'x'.*torch.Tensor.*list"),
+    'integers': (dict(x=torch.zeros(3).long()), TypeError, "'x'.*int64.*float32"),
+}
+WRONG_GATE = {
+    name: ({'r': torch.zeros(3), **arguments}, error, message)
+    for name, (arguments, error, message) in WRONG_POINTWISE.items()
+} | {
+    'other shape': (
+        dict(r=torch.zeros(2, 3), x=torch.zeros(3)),
+        ValueError,
+        r"'x'.*shape of 'r', \(2, 3\).*\(3,\)",
+    ),
+    'devices': (
+        dict(r=torch.zeros(3), x=torch.zeros(3, device='meta')),
+        ValueError,
+        "'x' is on meta.*'r' is on cpu",
+    ),
+}
 
 
 @pytest.mark.parametrize('function', [bi_wkv_reference, bi_wkv_scan, bi_wkv])
@@ -110,6 +191,31 @@ def test_bi_wkv_refuses(function, arguments, error, message):
 @pytest.mark.parametrize('function', [q_shift_reference, q_shift])
 @pytest.mark.parametrize(('arguments', 'error', 'message'), WRONG_SHIFT.values(), ids=WRONG_SHIFT)
 def test_q_shift_refuses(function, arguments, error, message):
+    with pytest.raises(error, match=message):
+        function(**arguments)
+
+
+@pytest.mark.parametrize('function', [token_shift_reference, token_shift])
+@pytest.mark.parametrize(
+    ('arguments', 'error', 'message'), WRONG_TOKEN_SHIFT.values(), ids=WRONG_TOKEN_SHIFT
+)
+def test_token_shift_refuses(function, arguments, error, message):
+    with pytest.raises(error, match=message):
+        function(**arguments)
+
+
+@pytest.mark.parametrize('function', [squared_relu_reference, squared_relu])
+@pytest.mark.parametrize(
+    ('arguments', 'error', 'message'), WRONG_POINTWISE.values(), ids=WRONG_POINTWISE
+)
+def test_squared_relu_refuses(function, arguments, error, message):
+    with pytest.raises(error, match=message):
+        function(**arguments)
+
+
+@pytest.mark.parametrize('function', [sigmoid_gate_reference, sigmoid_gate])
+@pytest.mark.parametrize(('arguments', 'error', 'message'), WRONG_GATE.values(), ids=WRONG_GATE)
+def test_sigmoid_gate_refuses(function, arguments, error, message):
     with pytest.raises(error, match=message):
         function(**arguments)
 
@@ -144,3 +250,23 @@ def test_kernels_guard_direct_calls(device):
         ops.bi_wkv_backward(k, w, w, k, k, y, residual, z, False)  # z was not saved
     with pytest.raises(RuntimeError):
         ops.q_shift(k, 3, 3, 1, 0.25, False)
+    grid = (2, 3, 1, 0.25, 'q_shift')
+    for x, mixes, *args in (
+        (k, w[:3], *grid),
+        (k, w[None, :3], *grid),
+        (k, w.double()[None], *grid),
+        (k, w.expand(4, 4).contiguous(), *grid),
+        (k, w[None], 3, 3, 1, 0.25, 'q_shift'),
+        (k, w[None], 2, 3, -1, 0.25, 'q_shift'),
+        (k, w[None], 2, 3, 1, 0.5, 'q_shift'),
+        (k, w[None], 2, 3, 1, 0.25, 'other'),
+        (k, w[None], 2, 3, 1, 0.25, 'double_shift'),
+    ):
+        with pytest.raises(RuntimeError):
+            ops.token_shift(x, mixes, *args)
+    for grads in ([], [k, k], [k[:, :5]], [k.half()]):
+        with pytest.raises(RuntimeError):
+            ops.token_shift_backward(grads, k, w[None], *grid)
+    for wrong in ((k, k[0]), (k, k.half())):
+        with pytest.raises(RuntimeError):
+            ops.sigmoid_gate(*wrong)

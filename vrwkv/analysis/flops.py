@@ -75,6 +75,9 @@ FLOP_HANDLERS: dict[str, Handle] = {
     'vrwkv_ops::bi_wkv_forward': bi_wkv_flops,
     'vrwkv_ops::q_shift': elementwise_flop_counter(0, 0),
     'vrwkv_ops::token_shift': elementwise_flop_counter(0, 0),
+    'vrwkv_ops::squared_relu': elementwise_flop_counter(0, 0),
+    # Bi-WKV's count has its gate in it; upstream does not count that of the channel mix.
+    'vrwkv_ops::sigmoid_gate': elementwise_flop_counter(0, 0),
     'aten::scaled_dot_product_attention': attention_flops,
     'prim::PythonOp.MultiScaleDeformableAttnFunction': deformable_attention_flops,
 }

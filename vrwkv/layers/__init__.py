@@ -4,7 +4,7 @@ from .drop_path import DropPath
 from .mix import INIT_MODES, ChannelMix, SpatialMix
 from .patch_embed import PatchEmbed
 from .position_embedding import resize_pos_embed
-from .token_shift import SHIFT_MODES, TokenShift, double_shift, single_shift
+from .token_shift import SHIFT_MODES, TokenShift
 from .vrwkv_layer import VRWKVLayer
 
 __all__ = [
@@ -16,7 +16,5 @@ __all__ = [
     'SpatialMix',
     'TokenShift',
     'VRWKVLayer',
-    'double_shift',
     'resize_pos_embed',
-    'single_shift',
 ]

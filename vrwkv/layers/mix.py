@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from vrwkv_ops import bi_wkv
+from vrwkv_ops import bi_wkv, sigmoid_gate, squared_relu
 
 from ._checks import check_choice, check_number
 from .token_shift import TokenShift
@@ -154,7 +154,7 @@ class SpatialMix(_Mix):
         )
         if self.key_norm is not None:
             y = self.key_norm(y)
-        return self.output(torch.sigmoid(self.receptance(xr)) * y)
+        return self.output(sigmoid_gate(self.receptance(xr), y))
 
 
 class ChannelMix(_Mix):
@@ -235,7 +235,7 @@ class ChannelMix(_Mix):
             ValueError: If a Q-Shift has no grid, or one that does not match ``T``.
         """
         xk, xr = self.shift(x, (self.spatial_mix_k, self.spatial_mix_r), resolution)
-        hidden = torch.square(torch.relu(self.key(xk)))
+        hidden = squared_relu(self.key(xk))
         if self.key_norm is not None:
             hidden = self.key_norm(hidden)
-        return torch.sigmoid(self.receptance(xr)) * self.value(hidden)
+        return sigmoid_gate(self.receptance(xr), self.value(hidden))

@@ -1,59 +1,15 @@
-"""Token shifts and the mix of each token with its shifted neighbours."""
+"""The mix of each token with its shifted neighbours."""
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vrwkv_ops import q_shift
-from vrwkv_ops.checks import shift_bounds
+from vrwkv_ops import token_shift
+from vrwkv_ops.checks import SHIFT_MODES as SHIFTS
 
 from ._checks import check_channel_gamma, check_choice, check_int
 
-SHIFT_MODES = ('none', 'q_shift', 'single_shift', 'double_shift')
-
-
-def single_shift(x: Tensor, shift_pixel: int = 1) -> Tensor:
-    """Give every token the one before it in the sequence, as RWKV does.
-
-    Args:
-        x: Tokens of shape ``(B, T, C)``.
-        shift_pixel: How many tokens to reach back.
-
-    Returns:
-        The shifted tokens, of the shape of ``x``; zero where there is none before.
-    """
-    step = min(shift_pixel, x.shape[1])
-    return F.pad(x, (0, 0, step, -step))
-
-
-def double_shift(x: Tensor, shift_pixel: int = 1, channel_gamma: float = 1 / 4) -> Tensor:
-    """Q-Shift without its vertical half, for tokens that lie on no grid.
-
-    A first group of channels takes the token before, a second one the token after, the other
-    channels stay. The groups are those of Q-Shift, so that each channel keeps its meaning when
-    fine-tuning turns to Q-Shift (section 4.5 of `the paper <https://arxiv.org/abs/2403.02308>`_,
-    "MAE Pre-training").
-
-    Args:
-        x: Tokens of shape ``(B, T, C)``.
-        shift_pixel: How many tokens to reach back and forth.
-        channel_gamma: Fraction of the channels in each group, at most 1/4.
-
-    Returns:
-        The shifted tokens, of the shape of ``x``; zero beyond the sequence's ends.
-    """
-    step = min(shift_pixel, x.shape[1])
-    _, first, second, *_ = shift_bounds(x.shape[2], channel_gamma)
-    return torch.cat(
-        [
-            F.pad(x[..., :first], (0, 0, step, -step)),
-            F.pad(x[..., first:second], (0, 0, -step, step)),
-            x[..., second:],
-        ],
-        dim=2,
-    )
+SHIFT_MODES = ('none', *SHIFTS)
 
 
 class TokenShift(nn.Module):
@@ -65,7 +21,11 @@ class TokenShift(nn.Module):
     Args:
         embed_dims: Channels of a token.
         shift_mode: ``'q_shift'``, the neighbours on the image grid; ``'single_shift'``, the
-            previous token; ``'double_shift'``, the previous and the next token; ``'none'``.
+            previous token, as in RWKV; ``'double_shift'``, the previous and the next token: Q-Shift
+            without its vertical half, for tokens that lie on no grid. Its groups are those of
+            Q-Shift, so that each channel keeps its meaning when fine-tuning turns to Q-Shift
+            (section 4.5 of `the paper <https://arxiv.org/abs/2403.02308>`_, "MAE Pre-training").
+            ``'none'``: no shift.
         shift_pixel: Distance to the neighbour in tokens. 0 means no shift.
         channel_gamma: Fraction of the channels in each group of a Q-Shift or double shift.
 
@@ -97,32 +57,6 @@ class TokenShift(nn.Module):
         """Whether there is a shift, and so a mix to learn."""
         return self.shift_mode != 'none'
 
-    def shift(self, x: Tensor, resolution: tuple[int, int] | None = None) -> Tensor:
-        """Shift tokens.
-
-        Args:
-            x: Tokens of shape ``(B, T, C)``.
-            resolution: Their grid ``(H, W)`` with ``H * W == T``. Only Q-Shift needs it.
-
-        Returns:
-            The shifted tokens, of the shape of ``x``.
-
-        Raises:
-            ValueError: If a Q-Shift has no grid.
-        """
-        if self.shift_mode == 'none':
-            return x
-        if self.shift_mode == 'single_shift':
-            return single_shift(x, self.shift_pixel)
-        if self.shift_mode == 'double_shift':
-            return double_shift(x, self.shift_pixel, self.channel_gamma)
-        if resolution is None:
-            raise ValueError(
-                "shift_mode='q_shift' needs the tokens' grid: resolution must be (H, W), got "
-                "None. For tokens without a grid use shift_mode='double_shift' or 'single_shift'"
-            )
-        return q_shift(x, resolution, self.shift_pixel, self.channel_gamma)
-
     def forward(
         self, x: Tensor, mixes: tuple[Tensor | None, ...], resolution: tuple[int, int] | None = None
     ) -> tuple[Tensor, ...]:
@@ -141,8 +75,14 @@ class TokenShift(nn.Module):
         """
         if not self.enabled:
             return (x,) * len(mixes)
-        shifted = self.shift(x, resolution)
-        return tuple(x * mix + shifted * (1 - mix) for mix in mixes)
+        if self.shift_mode == 'q_shift' and resolution is None:
+            raise ValueError(
+                "shift_mode='q_shift' needs the tokens' grid: resolution must be (H, W), got "
+                "None. For tokens without a grid use shift_mode='double_shift' or 'single_shift'"
+            )
+        return token_shift(
+            x, mixes, resolution, self.shift_pixel, self.channel_gamma, self.shift_mode
+        )
 
     def extra_repr(self) -> str:
         """Show the shift where the module is printed."""

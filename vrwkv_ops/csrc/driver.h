@@ -16,13 +16,6 @@
 
 namespace vrwkv_ops {
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-template <typename scalar_t>
-View<scalar_t> view(const at::Tensor& x) {
-  return {x.const_data_ptr<scalar_t>(), x.stride(0), x.stride(1), x.stride(2)};
-}
-
 // Null for an empty tensor.
 template <typename scalar_t>
 scalar_t* data_or_null(const at::Tensor& x) {

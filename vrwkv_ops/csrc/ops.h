@@ -2,15 +2,25 @@
 // the CUDA versions share. The Python API has better messages; these guard direct calls through torch.ops.
 #pragma once
 
+#include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zeros_like.h>
 #include <c10/util/Exception.h>
+#include <c10/util/string_view.h>
 
-#include <cmath>
+#include <string_view>
 #include <tuple>
+#include <vector>
+
+#include "problem.h"
 
 namespace vrwkv_ops {
+
+template <typename scalar_t>
+View<scalar_t> view(const at::Tensor& x) {
+  return {x.const_data_ptr<scalar_t>(), x.stride(0), x.stride(1), x.stride(2)};
+}
 
 inline void check_inputs(const at::Tensor& w, const at::Tensor& u, const at::Tensor& k, const at::Tensor& v) {
   TORCH_CHECK(k.dim() == 3, "bi_wkv: expected k of shape (B, T, C), got ", k.sizes());
@@ -43,32 +53,27 @@ inline at::Tensor sum_partials(const at::Tensor& partials) {
   return at::sum(partials, {0}, false, at::kDouble).to(partials.scalar_type());
 }
 
-// Shifts a quarter of the channels by `shift_pixel` in each direction; group n ends at boundary(n).
-struct ChannelGroups {
-  int64_t end[4];
-
-  ChannelGroups(int64_t channels, double gamma) {
-    for (int n = 0; n < 4; ++n) end[n] = static_cast<int64_t>(std::floor(channels * gamma * (n + 1)));
-  }
-};
-
-inline void check_grid(const at::Tensor& x, int64_t height, int64_t width, int64_t shift_pixel) {
-  TORCH_CHECK(x.dim() == 3 && height >= 0 && width >= 0 && x.size(1) == height * width,
-              "q_shift: expected x of shape (B, height * width, C) with a grid of ", height, " x ", width, ", got ", x.sizes());
-  TORCH_CHECK(shift_pixel >= 0, "q_shift: expected shift_pixel >= 0, got ", shift_pixel);
-}
-
 }  // namespace vrwkv_ops
 
-#define VRWKV_DECLARE_OPS(device)                                                                                     \
-  namespace vrwkv_##device {                                                                                          \
-    std::tuple<at::Tensor, at::Tensor, at::Tensor> bi_wkv_forward(                                                    \
-        const at::Tensor& w, const at::Tensor& u, const at::Tensor& k, const at::Tensor& v, bool causal, bool save);  \
-    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> bi_wkv_backward(                                       \
-        const at::Tensor& gy, const at::Tensor& w, const at::Tensor& u, const at::Tensor& k, const at::Tensor& v,     \
-        const at::Tensor& y, const at::Tensor& y_residual, const at::Tensor& z, bool causal);                         \
-    at::Tensor q_shift(const at::Tensor& x, int64_t height, int64_t width, int64_t shift_pixel, double channel_gamma, \
-                       bool reverse);                                                                                 \
+#define VRWKV_DECLARE_OPS(device)                                                                                              \
+  namespace vrwkv_##device {                                                                                                   \
+    std::tuple<at::Tensor, at::Tensor, at::Tensor> bi_wkv_forward(                                                             \
+        const at::Tensor& w, const at::Tensor& u, const at::Tensor& k, const at::Tensor& v, bool causal, bool save);           \
+    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> bi_wkv_backward(                                                \
+        const at::Tensor& gy, const at::Tensor& w, const at::Tensor& u, const at::Tensor& k, const at::Tensor& v,              \
+        const at::Tensor& y, const at::Tensor& y_residual, const at::Tensor& z, bool causal);                                  \
+    at::Tensor q_shift(const at::Tensor& x, int64_t height, int64_t width, int64_t shift_pixel, double channel_gamma,          \
+                       bool reverse);                                                                                          \
+    std::vector<at::Tensor> token_shift(const at::Tensor& x, const at::Tensor& mixes, int64_t height, int64_t width,           \
+                                        int64_t shift_pixel, double channel_gamma, c10::string_view mode);                     \
+    std::tuple<at::Tensor, at::Tensor> token_shift_backward(at::TensorList grads, const at::Tensor& x,                         \
+                                                            const at::Tensor& mixes, int64_t height, int64_t width,            \
+                                                            int64_t shift_pixel, double channel_gamma, c10::string_view mode); \
+    at::Tensor squared_relu(const at::Tensor& x);                                                                              \
+    at::Tensor squared_relu_backward(const at::Tensor& grad, const at::Tensor& x);                                             \
+    at::Tensor sigmoid_gate(const at::Tensor& r, const at::Tensor& x);                                                         \
+    std::tuple<at::Tensor, at::Tensor> sigmoid_gate_backward(const at::Tensor& grad, const at::Tensor& r,                      \
+                                                             const at::Tensor& x);                                             \
   }
 
 VRWKV_DECLARE_OPS(cpu)

@@ -8,3 +8,13 @@
 #else
 #define VRWKV_FN inline __attribute__((always_inline))
 #endif
+
+// Whether a fused multiply-add is one instruction. The files of instruction sets say so themselves: g++ up to 13 does not
+// define __FMA__ where a pragma chooses the target.
+#if !defined(VRWKV_HAS_FMA)
+#if defined(__CUDA_ARCH__) || defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+#define VRWKV_HAS_FMA 1
+#else
+#define VRWKV_HAS_FMA 0
+#endif
+#endif

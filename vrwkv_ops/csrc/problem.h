@@ -1,4 +1,4 @@
-// What the drivers of the CPU and the CUDA kernels and the kernels themselves (tile.h) agree on.
+// What the drivers of the CPU and the CUDA kernels and the kernels themselves (tile.h, shift.h, pointwise.h) agree on.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -11,7 +11,7 @@
 
 namespace vrwkv_ops {
 
-constexpr int kDecayColumns = 3;  // power, inverse, exponent
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <typename scalar_t>
 using acc_type = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
@@ -26,6 +26,10 @@ struct View {
     return data + b * batch_stride + t * token_stride + c * channel_stride;
   }
 };
+
+// --- Bi-WKV ---
+
+constexpr int kDecayColumns = 3;  // power, inverse, exponent
 
 // The sequence is cut into chunks of `chunk_length` tokens (the last one may be shorter). `decay` holds, for each column of a
 // row of decay powers and each n up to chunk_length, C values; `states`, for each direction, state field, image and chunk,
@@ -63,6 +67,63 @@ struct Backward : Problem<scalar_t> {
   scalar_t* gv;
   acc_t* gw;  // (B, chunks, C): summed by the driver, in order
   acc_t* gu;
+};
+
+// --- Token shifts ---
+
+constexpr int kMaxMixes = 3;
+
+// Channel group n ends before channel end[n]. Group 0 takes the token `step` to the left, then right, above and below
+// (design: columns first); channels past the groups, group 4, stay.
+struct Shift {
+  int64_t height, width, step;
+  int64_t end[4];
+
+  VRWKV_FN int64_t tokens() const { return height * width; }
+  VRWKV_FN int group(int64_t c) const { return (c >= end[0]) + (c >= end[1]) + (c >= end[2]) + (c >= end[3]); }
+  // The token that token t takes from, or gives to if `reverse`; -1 outside the grid.
+  VRWKV_FN int64_t neighbour(int64_t t, int group, bool reverse) const {
+    if (group == 4) return t;
+    const bool vertical = group >= 2;
+    const int64_t by = (group % 2 == 0) == reverse ? step : -step;
+    const int64_t place = (vertical ? t / width : t % width) + by;
+    return place >= 0 && place < (vertical ? height : width) ? t + by * (vertical ? width : 1) : -1;
+  }
+};
+
+template <typename scalar_t>
+struct ShiftForward {
+  using scalar_type = scalar_t;
+  Shift shift;
+  int64_t batch, channels;
+  View<scalar_t> x;
+  const acc_type<scalar_t>* mixes;  // (n, C)
+  scalar_t* out[kMaxMixes];         // each (B, T, C), contiguous
+};
+
+// Rows, tokens of all images, are summed up in pieces of `piece_rows`.
+template <typename scalar_t>
+struct ShiftBackward {
+  using scalar_type = scalar_t;
+  Shift shift;
+  int64_t batch, channels;
+  int64_t piece_rows;
+  View<scalar_t> x;
+  const acc_type<scalar_t>* mixes;
+  View<scalar_t> grads[kMaxMixes];
+  scalar_t* gx;                // (B, T, C), contiguous
+  acc_type<scalar_t>* gmixes;  // (pieces, n, C): summed by the driver, in order
+};
+
+// --- Element-wise functions ---
+
+enum PointwiseFunction { kSquaredRelu, kSquaredReluBackward, kSigmoidGate, kSigmoidGateBackward, kPointwiseFunctions };
+
+// Contiguous tensors of one size; as many as the function has.
+template <typename scalar_t>
+struct Pointwise {
+  const scalar_t* in[3];
+  scalar_t* out[2];
 };
 
 }  // namespace vrwkv_ops

@@ -13,4 +13,10 @@ TORCH_LIBRARY_IMPL(vrwkv_ops, CPU, m) {
   m.impl("bi_wkv_forward", kernels::bi_wkv_forward);
   m.impl("bi_wkv_backward", kernels::bi_wkv_backward);
   m.impl("q_shift", kernels::q_shift);
+  m.impl("token_shift", kernels::token_shift);
+  m.impl("token_shift_backward", kernels::token_shift_backward);
+  m.impl("squared_relu", kernels::squared_relu);
+  m.impl("squared_relu_backward", kernels::squared_relu_backward);
+  m.impl("sigmoid_gate", kernels::sigmoid_gate);
+  m.impl("sigmoid_gate_backward", kernels::sigmoid_gate_backward);
 }

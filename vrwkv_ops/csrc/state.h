@@ -28,7 +28,7 @@ constexpr float kMaxKey = 1e8f;
 constexpr float kMaxDecay = 1e6f;
 
 VRWKV_FN float multiply_add(float a, float b, float c) {
-#if defined(__CUDA_ARCH__) || defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+#if VRWKV_HAS_FMA
   return ::fmaf(a, b, c);
 #else
   return a * b + c;  // fmaf would be a library call here
@@ -36,7 +36,7 @@ VRWKV_FN float multiply_add(float a, float b, float c) {
 }
 
 VRWKV_FN double multiply_add(double a, double b, double c) {
-#if defined(__CUDA_ARCH__) || defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+#if VRWKV_HAS_FMA
   return ::fma(a, b, c);
 #else
   return a * b + c;

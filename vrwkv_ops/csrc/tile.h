@@ -3,6 +3,7 @@
 // VRWKV_TILE_WIDTH and VRWKV_TILE_TOKENS. No PyTorch header may come in here.
 #pragma once
 
+#include "lanes.h"
 #include "problem.h"
 #include "state.h"
 
@@ -20,28 +21,7 @@ constexpr int kMaxChunk = VRWKV_TILE_TOKENS;
 constexpr int kAlignment = kWidth % 16 == 0 ? 64 : 8;
 
 template <typename T>
-struct alignas(kAlignment) Lanes {
-  T x[kWidth] = {};
-};
-
-// Lanes past the last channel keep what they had (0).
-template <typename T, typename scalar_t>
-VRWKV_FN void load(Lanes<T>& to, const scalar_t* from, int64_t stride, int count) {
-  if (stride == 1 && count == kWidth) {
-    for (int j = 0; j < kWidth; ++j) to.x[j] = static_cast<T>(from[j]);
-  } else {
-    for (int j = 0; j < count; ++j) to.x[j] = static_cast<T>(from[j * stride]);
-  }
-}
-
-template <typename T, typename scalar_t>
-VRWKV_FN void store(scalar_t* to, const Lanes<T>& from, int count) {
-  if (count == kWidth) {
-    for (int j = 0; j < kWidth; ++j) to[j] = static_cast<scalar_t>(from.x[j]);
-  } else {
-    for (int j = 0; j < count; ++j) to[j] = static_cast<scalar_t>(from.x[j]);
-  }
-}
+using Lanes = LanesOf<T, kWidth>;
 
 // States of all lanes, a field at a time, so that a loop over lanes is a loop over vectors.
 template <typename State, typename T>
@@ -58,6 +38,11 @@ struct alignas(kAlignment) StateLanes {
   }
   VRWKV_FN void set(int j, State s) {
     s.for_each_field([&](T& x, int i) { field[i][j] = x; });
+  }
+  VRWKV_FN void copy_to(T (&to)[State::kFields][kWidth]) const {
+    for (int i = 0; i < State::kFields; ++i) {
+      for (int j = 0; j < kWidth; ++j) to[i][j] = field[i][j];
+    }
   }
 };
 
@@ -234,13 +219,13 @@ VRWKV_FN void forward_outputs(const Forward<scalar_t>& p, int64_t b, int64_t chu
   load(u, p.u + c, 1, tile.count);
   exp_lanes(bonus, u, T(1));
 
-  // The state to the right of each token.
-  WkvLanes<T> after[causal ? 1 : kMaxChunk];
+  // The state to the right of each token, written before it is read.
+  alignas(kAlignment) T after[causal ? 1 : kMaxChunk][WkvState<T>::kFields][kWidth];
   if constexpr (!causal) {
     WkvLanes<T> state;
     tile.read_state(state, 1);
     for (int t = tile.length - 1; t >= 0; --t) {
-      after[t] = state;
+      state.copy_to(after[t]);
       tile.read(k, p.k, t);
       tile.read_values(v, t);
       exp_lanes(key, k, T(1));
@@ -265,7 +250,7 @@ VRWKV_FN void forward_outputs(const Forward<scalar_t>& p, int64_t b, int64_t chu
       Output<T> out({weight.mantissa * bonus.mantissa.x[j], weight.exponent + bonus.exponent.x[j]}, v.x[j]);
       auto s = state.get(j);
       out.add(s, from_left.get(j));
-      if constexpr (!causal) out.add(held.get(j), from_right.get(j));
+      if constexpr (!causal) out.add(WkvState<T>{held[0][j], held[1][j], held[2][j]}, from_right.get(j));
       y.x[j] = out.y() * lift;
       denominator.x[j] = out.denominator, exponent.x[j] = out.exponent;
       s.absorb(grow.get(j).grow(weight), v.x[j]);
@@ -367,10 +352,8 @@ VRWKV_FN void backward_outputs(const Backward<scalar_t>& p, int64_t b, int64_t c
   load(u, p.u + c, 1, tile.count);
   exp_lanes(bonus, u, T(1));
 
-  // What the outputs after each token give to it.
-  struct {
-    Lanes<T> gk, gv;
-  } after[kMaxChunk];
+  // What the outputs after each token give to its gk and gv, written before it is read.
+  alignas(kAlignment) T after[kMaxChunk][2][kWidth];
   {
     GradLanes<T> state;
     tile.read_state(state, 1);
@@ -387,7 +370,7 @@ VRWKV_FN void backward_outputs(const Backward<scalar_t>& p, int64_t b, int64_t c
         auto s = state.get(j);
         TokenGrad<T> grad;
         grad.add(s, decay.get(j), exp_scaled(k.x[j]), v.x[j], counting.origins.x[j] * own);
-        held.gk.x[j] = grad.gk, held.gv.x[j] = grad.gv;
+        held[0][j] = grad.gk, held[1][j] = grad.gv;
         gw.x[j] += grad.gw;
         s.absorb(grow.get(j).grow(saved.shrink.get(j)), saved.gy.x[j], saved.y.x[j], counting.steps.x[j],
                  counting.origins.x[j] * origin);
@@ -420,8 +403,8 @@ VRWKV_FN void backward_outputs(const Backward<scalar_t>& p, int64_t b, int64_t c
                  counting.origins.x[j] * origin);
         state.set(j, s);
       }
-      gk.x[j] = (grad.gk + held.gk.x[j]) * lift;
-      gv.x[j] = grad.gv + held.gv.x[j];
+      gk.x[j] = (grad.gk + held[0][j]) * lift;
+      gv.x[j] = grad.gv + held[1][j];
       gw.x[j] += grad.gw;
       gu.x[j] += grad.gu;
     }

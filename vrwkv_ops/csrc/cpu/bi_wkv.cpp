@@ -9,6 +9,14 @@
 #include "kernels.h"
 
 namespace vrwkv_cpu {
+
+Capability capability() {
+  static const std::string name = at::get_cpu_capability();
+  static const Capability found =
+      name == "AVX512" ? Capability::kAvx512 : (name == "AVX2" ? Capability::kAvx2 : Capability::kPortable);
+  return found;
+}
+
 namespace {
 
 using vrwkv_ops::ceil_div;
@@ -18,17 +26,6 @@ constexpr int64_t kChunk = 128;
 
 // A thread gets at least this many pairs of a token and a channel.
 constexpr int64_t kGrain = 8192;
-
-template <typename scalar_t>
-const Kernels<scalar_t>& kernels(bool causal) {
-#if defined(__x86_64__) && defined(__GNUC__)
-  // PyTorch's own choice, which the environment variable ATEN_CPU_CAPABILITY overrides.
-  static const std::string capability = at::get_cpu_capability();
-  if (capability == "AVX512") return avx512_kernels(scalar_t(), causal);
-  if (capability == "AVX2") return avx2_kernels(scalar_t(), causal);
-#endif
-  return portable_kernels(scalar_t(), causal);
-}
 
 // Runs body(b, chunk, c) for every image, chunk and block of channels, each worth `tokens` tokens.
 template <typename Body>
@@ -58,13 +55,13 @@ struct Cpu {
 
   template <typename scalar_t>
   static void run(const Forward<scalar_t>& p, bool causal) {
-    const auto& k = kernels<scalar_t>(causal);
-    run_steps(p, k.forward, k.decay);
+    const auto& k = kernels<scalar_t>();
+    run_steps(p, k.forward[causal], k.decay);
   }
   template <typename scalar_t>
   static void run(const Backward<scalar_t>& p, bool causal) {
-    const auto& k = kernels<scalar_t>(causal);
-    run_steps(p, k.backward, k.decay);
+    const auto& k = kernels<scalar_t>();
+    run_steps(p, k.backward[causal], k.decay);
   }
 };
 

@@ -1,6 +1,8 @@
 // Kernels for x86-64 with AVX2 and FMA, whatever the flags of the build: the driver asks the processor.
 #if defined(__x86_64__) && defined(__GNUC__)
 
+#define VRWKV_HAS_FMA 1
+
 // Headers of others stay outside the region below: their inline functions must run anywhere.
 #include <cmath>
 #include <cstdint>

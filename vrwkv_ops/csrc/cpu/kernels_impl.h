@@ -1,28 +1,94 @@
-// The tile algorithm as one instruction set's kernels: the including file chooses it.
+// All kernels for one instruction set: the including file chooses it.
 #pragma once
 
 #include "kernels.h"
 
 #define VRWKV_TILE_WIDTH vrwkv_cpu::kLanes
 #define VRWKV_TILE_TOKENS vrwkv_cpu::kMaxChunk
+#include "../pointwise.h"
+#include "../shift.h"
 #include "../tile.h"
 
 namespace {
 namespace vrwkv {
 
+// A quarter of most models' channels is a multiple of it.
+constexpr int kShiftLanes = 16;
+
+constexpr int kPointwiseLanes = 16;
+
+// Calls body(b, t, group, c, count) for the blocks of channels of a row, a token of an image.
+template <typename P, typename Body>
+VRWKV_FN void for_each_block(const P& p, int64_t row, const Body& body) {
+  const int64_t b = row / p.shift.tokens(), t = row % p.shift.tokens();
+  int64_t c = 0;
+  for (int group = 0; group < 5; ++group) {
+    const int64_t end = group < 4 ? p.shift.end[group] : p.channels;
+    const int64_t from = p.shift.neighbour(t, group, false), to = p.shift.neighbour(t, group, true);
+    for (; c < end; c += kShiftLanes) body(b, t, from, to, c, static_cast<int>(end - c < kShiftLanes ? end - c : kShiftLanes));
+    c = end;
+  }
+}
+
+template <typename scalar_t, int kMixes>
+void shift_forward_rows(const ShiftForward<scalar_t>& p, int64_t first_row, int64_t last_row) {
+  for (int64_t row = first_row; row < last_row; ++row) {
+    for_each_block(p, row, [&](int64_t b, int64_t t, int64_t from, int64_t, int64_t c, int count) {
+      shift_forward<kMixes, kShiftLanes>(p, b, t, from, c, count);
+    });
+  }
+}
+
+template <typename scalar_t, int kMixes>
+void shift_backward_piece(const ShiftBackward<scalar_t>& p, int64_t piece) {
+  using T = acc_type<scalar_t>;
+  const int64_t first = piece * p.piece_rows, rows = p.batch * p.shift.tokens();
+  const int64_t last = first + p.piece_rows < rows ? first + p.piece_rows : rows;
+  T* sums = p.gmixes + piece * kMixes * p.channels;
+  for (int64_t i = 0; i < kMixes * p.channels; ++i) sums[i] = T(0);
+  for (int64_t row = first; row < last; ++row) {
+    for_each_block(p, row, [&](int64_t b, int64_t t, int64_t from, int64_t to, int64_t c, int count) {
+      LanesOf<T, kShiftLanes> gmixes[kMixes];
+      for (int n = 0; n < kMixes; ++n) load(gmixes[n], sums + n * p.channels + c, 1, count);
+      shift_backward<kMixes, kShiftLanes>(p, b, t, from, to, c, count, gmixes);
+      for (int n = 0; n < kMixes; ++n) store(sums + n * p.channels + c, gmixes[n], count);
+    });
+  }
+}
+
+template <typename scalar_t, typename Function>
+void pointwise_range(const Pointwise<scalar_t>& p, int64_t begin, int64_t end) {
+  int64_t i = begin;
+  for (; i + kPointwiseLanes <= end; i += kPointwiseLanes) pointwise<Function, kPointwiseLanes>(p, i, kPointwiseLanes);
+  if (i < end) pointwise<Function, kPointwiseLanes>(p, i, static_cast<int>(end - i));
+}
+
 template <typename scalar_t, bool causal>
+constexpr vrwkv_cpu::Steps<Forward<scalar_t>> forward_steps() {
+  return {forward_states<scalar_t, causal>, forward_combine<scalar_t, causal>, forward_outputs<scalar_t, causal>};
+}
+
+template <typename scalar_t, bool causal>
+constexpr vrwkv_cpu::Steps<Backward<scalar_t>> backward_steps() {
+  return {backward_states<scalar_t, causal>, backward_combine<scalar_t, causal>, backward_outputs<scalar_t, causal>};
+}
+
+template <typename scalar_t>
 constexpr vrwkv_cpu::Kernels<scalar_t> make_kernels() {
   return {fill_decay<scalar_t>,
-          {forward_states<scalar_t, causal>, forward_combine<scalar_t, causal>, forward_outputs<scalar_t, causal>},
-          {backward_states<scalar_t, causal>, backward_combine<scalar_t, causal>, backward_outputs<scalar_t, causal>}};
+          {forward_steps<scalar_t, false>(), forward_steps<scalar_t, true>()},
+          {backward_steps<scalar_t, false>(), backward_steps<scalar_t, true>()},
+          {shift_forward_rows<scalar_t, 1>, shift_forward_rows<scalar_t, 2>, shift_forward_rows<scalar_t, 3>},
+          {shift_backward_piece<scalar_t, 1>, shift_backward_piece<scalar_t, 2>, shift_backward_piece<scalar_t, 3>},
+          {pointwise_range<scalar_t, SquaredRelu>, pointwise_range<scalar_t, SquaredReluBackward>,
+           pointwise_range<scalar_t, SigmoidGate>, pointwise_range<scalar_t, SigmoidGateBackward>}};
 }
 
 }  // namespace vrwkv
 }  // namespace
 
-#define VRWKV_DEFINE_KERNELS(isa, scalar_t)                                             \
-  const vrwkv_cpu::Kernels<scalar_t>& vrwkv_cpu::isa##_kernels(scalar_t, bool causal) { \
-    static constexpr auto full = vrwkv::make_kernels<scalar_t, false>();                \
-    static constexpr auto one_sided = vrwkv::make_kernels<scalar_t, true>();            \
-    return causal ? one_sided : full;                                                   \
+#define VRWKV_DEFINE_KERNELS(isa, scalar_t)                                \
+  const vrwkv_cpu::Kernels<scalar_t>& vrwkv_cpu::isa##_kernels(scalar_t) { \
+    static constexpr auto kernels = vrwkv::make_kernels<scalar_t>();       \
+    return kernels;                                                        \
   }

@@ -73,6 +73,29 @@ def check_bi_wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor, causal: bool) -> No
         )
 
 
+def check_pointwise(op: str, **tensors: Tensor) -> None:
+    """Checks that the arguments of an element-wise operator are alike, but for their dtypes.
+
+    Raises:
+        TypeError: If one is not a tensor or has a dtype that is not accepted.
+        ValueError: If shapes or devices differ.
+    """
+    for name, value in tensors.items():
+        _check_float_tensor(op, name, value)
+    (first, like), *others = tensors.items()
+    for name, value in others:
+        if value.shape != like.shape:
+            raise ValueError(
+                f"{op}: '{name}' must have the shape of '{first}', {tuple(like.shape)}, got "
+                f'{tuple(value.shape)}'
+            )
+        if value.device != like.device:
+            raise ValueError(
+                f"{op}: '{name}' is on {value.device} but '{first}' is on {like.device}; "
+                'move all arguments to one device'
+            )
+
+
 SHIFT_MODES = ('q_shift', 'single_shift', 'double_shift')
 MAX_MIXES = 3
 

@@ -9,8 +9,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vrwkv_ops import backends, scan, shift, triton
-from vrwkv_ops.checks import accumulation_dtype, check_bi_wkv, check_q_shift, check_token_shift
+from vrwkv_ops import backends, pointwise, scan, shift, triton
+from vrwkv_ops.checks import (
+    accumulation_dtype,
+    check_bi_wkv,
+    check_pointwise,
+    check_q_shift,
+    check_token_shift,
+)
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -40,6 +46,13 @@ _lib.define(
     ' int shift_pixel, float channel_gamma, str mode) -> (Tensor gx, Tensor gmixes)',
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+for _schema in (
+    'squared_relu(Tensor x) -> Tensor',
+    'squared_relu_backward(Tensor grad, Tensor x) -> Tensor',
+    'sigmoid_gate(Tensor r, Tensor x) -> Tensor',
+    'sigmoid_gate_backward(Tensor grad, Tensor r, Tensor x) -> (Tensor gr, Tensor gx)',
+):
+    _lib.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 _ops = torch.ops.vrwkv_ops
 
 
@@ -158,6 +171,50 @@ def token_shift(
     return tuple(_ops.token_shift(x, mixes, height, width, shift_pixel, gamma, mode))
 
 
+def squared_relu(x: Tensor) -> Tensor:
+    """Squares what is positive, ``relu(x) ** 2``, in one pass (paper, equation 4).
+
+    Differentiable once. While torch compiles or exports, it is left to the compiler to fuse.
+
+    Args:
+        x: Tensor of any shape.
+
+    Returns:
+        Tensor of the shape and dtype of ``x``, contiguous.
+
+    Raises:
+        TypeError: If ``x`` is no tensor or has a dtype that is not accepted.
+    """
+    check_pointwise('squared_relu', x=x)
+    if torch.compiler.is_compiling():
+        return pointwise.squared_relu(x)
+    return _ops.squared_relu(x)
+
+
+def sigmoid_gate(r: Tensor, x: Tensor) -> Tensor:
+    """Gates a tensor, ``sigmoid(r) * x``, in one pass (paper, equations 2 and 4).
+
+    Differentiable once. While torch compiles or exports, it is left to the compiler to fuse.
+
+    Args:
+        r: Logits of the gate, of any shape.
+        x: What is gated, of the shape of ``r``.
+
+    Returns:
+        Contiguous tensor of that shape; where the dtypes differ, of the wider one.
+
+    Raises:
+        TypeError: If an argument is no tensor or has a dtype that is not accepted.
+        ValueError: If the two differ in shape or device.
+    """
+    check_pointwise('sigmoid_gate', r=r, x=x)
+    dtype = torch.promote_types(r.dtype, x.dtype)  # with autocast a layer norm may lie between them
+    r, x = r.to(dtype), x.to(dtype)
+    if torch.compiler.is_compiling():
+        return pointwise.sigmoid_gate(r, x)
+    return _ops.sigmoid_gate(r, x)
+
+
 # --- Kernels for devices without compiled ones ------------------------------------------------
 
 
@@ -200,12 +257,39 @@ def _token_shift_backward(grads, x, mixes, *args):
     return shift.backward(grads, x, mixes, *args)
 
 
+@torch.library.impl(_lib, 'squared_relu', 'CompositeExplicitAutograd')
+def _squared_relu(x):
+    backends.warn_if_slow(x.device)
+    return pointwise.squared_relu(x).contiguous()
+
+
+@torch.library.impl(_lib, 'squared_relu_backward', 'CompositeExplicitAutograd')
+def _squared_relu_backward(grad, x):
+    return pointwise.squared_relu_backward(grad, x).contiguous()
+
+
+@torch.library.impl(_lib, 'sigmoid_gate', 'CompositeExplicitAutograd')
+def _sigmoid_gate(r, x):
+    backends.warn_if_slow(x.device)
+    return pointwise.sigmoid_gate(r, x).contiguous()
+
+
+@torch.library.impl(_lib, 'sigmoid_gate_backward', 'CompositeExplicitAutograd')
+def _sigmoid_gate_backward(grad, r, x):
+    gr, gx = pointwise.sigmoid_gate_backward(grad, r, x)
+    return gr.contiguous(), gx.contiguous()
+
+
 SCAN_KERNELS = {
     'bi_wkv_forward': _bi_wkv_forward,
     'bi_wkv_backward': _bi_wkv_backward,
     'q_shift': _q_shift,
     'token_shift': _token_shift,
     'token_shift_backward': _token_shift_backward,
+    'squared_relu': _squared_relu,
+    'squared_relu_backward': _squared_relu_backward,
+    'sigmoid_gate': _sigmoid_gate,
+    'sigmoid_gate_backward': _sigmoid_gate_backward,
 }
 
 
@@ -238,6 +322,26 @@ def _(x, mixes, height, width, shift_pixel, channel_gamma, mode):
 @torch.library.register_fake('vrwkv_ops::token_shift_backward', lib=_lib)
 def _(grads, x, mixes, height, width, shift_pixel, channel_gamma, mode):
     return x.new_empty(x.shape), mixes.new_empty(mixes.shape)
+
+
+@torch.library.register_fake('vrwkv_ops::squared_relu', lib=_lib)
+def _(x):
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake('vrwkv_ops::squared_relu_backward', lib=_lib)
+def _(grad, x):
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake('vrwkv_ops::sigmoid_gate', lib=_lib)
+def _(r, x):
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake('vrwkv_ops::sigmoid_gate_backward', lib=_lib)
+def _(grad, r, x):
+    return r.new_empty(r.shape), x.new_empty(x.shape)
 
 
 # --- Autograd ---------------------------------------------------------------------------------
@@ -313,6 +417,28 @@ torch.library.register_autograd(
     lib=_lib,
 )
 _differentiable_once('token_shift')
+
+
+def _save_inputs(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _squared_relu_autograd(ctx, grad):
+    return _ops.squared_relu_backward(grad, *ctx.saved_tensors)
+
+
+def _sigmoid_gate_autograd(ctx, grad):
+    return _ops.sigmoid_gate_backward(grad, *ctx.saved_tensors)
+
+
+for _name, _autograd in (
+    ('squared_relu', _squared_relu_autograd),
+    ('sigmoid_gate', _sigmoid_gate_autograd),
+):
+    torch.library.register_autograd(
+        f'vrwkv_ops::{_name}', _autograd, setup_context=_save_inputs, lib=_lib
+    )
+    _differentiable_once(_name)
 
 
 # --- Autocast: k and v take its dtype, w and u stay in the accumulation dtype -------------------

@@ -11,6 +11,7 @@ from torch import Tensor
 from vrwkv_ops.checks import (
     accumulation_dtype,
     check_bi_wkv,
+    check_pointwise,
     check_q_shift,
     check_token_shift,
     shift_bounds,
@@ -66,6 +67,21 @@ def q_shift_reference(
     """Q-Shift, token by token; arguments and result as for :func:`vrwkv_ops.q_shift`."""
     check_q_shift(x, resolution, shift_pixel, channel_gamma)
     return _shift(x, resolution, shift_pixel, shift_bounds(x.shape[2], channel_gamma))
+
+
+def squared_relu_reference(x: Tensor) -> Tensor:
+    """``relu(x) ** 2``; argument and result as for :func:`vrwkv_ops.squared_relu`."""
+    check_pointwise('squared_relu', x=x)
+    positive = x.to(accumulation_dtype(x.dtype)).clamp(min=0)
+    return (positive * positive).to(x.dtype)
+
+
+def sigmoid_gate_reference(r: Tensor, x: Tensor) -> Tensor:
+    """``x / (1 + e^-r)``; arguments and result as for :func:`vrwkv_ops.sigmoid_gate`."""
+    check_pointwise('sigmoid_gate', r=r, x=x)
+    out_dtype = torch.promote_types(r.dtype, x.dtype)
+    dtype = accumulation_dtype(out_dtype)
+    return (x.to(dtype) / (1 + torch.exp(-r.to(dtype)))).to(out_dtype)
 
 
 def token_shift_reference(

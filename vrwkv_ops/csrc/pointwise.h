@@ -1,0 +1,82 @@
+// Element-wise functions of the layers and their gradients, for the CPU and CUDA alike.
+#pragma once
+
+#include "lanes.h"
+#include "problem.h"
+#include "state.h"
+
+namespace {
+namespace vrwkv {
+
+using vrwkv_ops::Pointwise;
+
+// relu(x)^2
+struct SquaredRelu {
+  static constexpr int kInputs = 1, kOutputs = 1;
+  template <typename T>
+  static VRWKV_FN void apply(const T (&in)[1], T (&out)[1]) {
+    const T square = in[0] * in[0];
+    out[0] = in[0] < T(0) ? T(0) : square;  // NaN passes through; one choice, at the end, becomes vector code
+  }
+};
+
+// From its gradient and x.
+struct SquaredReluBackward {
+  static constexpr int kInputs = 2, kOutputs = 1;
+  template <typename T>
+  static VRWKV_FN void apply(const T (&in)[2], T (&out)[1]) {
+    const T slope = in[0] * (in[1] + in[1]);
+    out[0] = in[1] < T(0) ? T(0) : slope;
+  }
+};
+
+// sigmoid(r) and sigmoid(-r), neither by subtraction.
+template <typename T>
+struct Sigmoids {
+  T plus, minus;
+
+  VRWKV_FN explicit Sigmoids(T r) {
+    const Scaled<T> e = exp_scaled(r < T(0) ? r : -r);  // e^-|r|
+    const T small = power_of_two(e.exponent) * e.mantissa, inverse = T(1) / (T(1) + small);
+    plus = (r < T(0) ? small : T(1)) * inverse;
+    minus = (r < T(0) ? T(1) : small) * inverse;
+  }
+};
+
+// sigmoid(r) * x
+struct SigmoidGate {
+  static constexpr int kInputs = 2, kOutputs = 1;
+  template <typename T>
+  static VRWKV_FN void apply(const T (&in)[2], T (&out)[1]) {
+    out[0] = Sigmoids<T>(in[0]).plus * in[1];
+  }
+};
+
+// From its gradient, r and x: the gradients of r and x.
+struct SigmoidGateBackward {
+  static constexpr int kInputs = 3, kOutputs = 2;
+  template <typename T>
+  static VRWKV_FN void apply(const T (&in)[3], T (&out)[2]) {
+    const Sigmoids<T> gate(in[1]);
+    out[1] = in[0] * gate.plus;
+    out[0] = out[1] * in[2] * gate.minus;
+  }
+};
+
+// Elements i to i + count, at most kLanes.
+template <typename Function, int kLanes, typename scalar_t>
+VRWKV_FN void pointwise(const Pointwise<scalar_t>& p, int64_t i, int count) {
+  using T = vrwkv_ops::acc_type<scalar_t>;
+  LanesOf<T, kLanes> in[Function::kInputs], out[Function::kOutputs];
+  for (int n = 0; n < Function::kInputs; ++n) load(in[n], p.in[n] + i, 1, count);
+  for (int j = 0; j < kLanes; ++j) {
+    T from[Function::kInputs], to[Function::kOutputs];
+    for (int n = 0; n < Function::kInputs; ++n) from[n] = in[n].x[j];
+    Function::apply(from, to);
+    for (int n = 0; n < Function::kOutputs; ++n) out[n].x[j] = to[n];
+  }
+  for (int n = 0; n < Function::kOutputs; ++n) store(p.out[n] + i, out[n], count);
+}
+
+}  // namespace vrwkv
+}  // namespace
