@@ -163,6 +163,23 @@ def test_half_types_round_once(backend, causal, dtype, tokens):
 
 
 @fast_backends
+@pytest.mark.parametrize('dtype', HALF, ids=['float16', 'bfloat16'])
+def test_half_types_on_long_sequences(backend, dtype):
+    """The same bars for T = 65,536, where sums in half precision would be lost."""
+    w, u, k, v, gy = make_inputs(65536, 2, 1, k_max=8, w_total=8, dtype=dtype)
+    rows = sampled_rows(65536)
+    chosen = torch.zeros_like(gy)
+    chosen[:, rows] = gy[:, rows]
+    results = run(backend, w, u, k, v, chosen)
+    results[0] = results[0][:, rows]
+    truths = dense_with_gradients(w, u, k, v, gy[:, rows], rows=rows)
+    for name, got, expected in zip(('y', 'gw', 'gu', 'gk', 'gv'), results, truths, strict=True):
+        rounding = (expected.to(got.dtype).double() - expected).norm()
+        bar = 1e-5 if name in ('y', 'gv') else 3e-5
+        assert (got.double() - expected).norm() <= 1.001 * rounding + bar * expected.norm(), name
+
+
+@fast_backends
 @both_directions
 @pytest.mark.parametrize(
     ('tokens', 'k_max', 'w_step'),

@@ -34,10 +34,25 @@ def resize_pos_embed(
             f'pos_embed must have the shape (1, {source[0]} * {source[1]}, C) of its grid '
             f'{tuple(source)}, got {tuple(pos_embed.shape)}'
         )
-    if source == target:
+    if _are_equal(source, target):
         return pos_embed
     # Half precision would round the interpolation's weights, and not every backend has it.
     acc = torch.promote_types(pos_embed.dtype, torch.float32)
     grid = pos_embed.to(acc).transpose(1, 2).unflatten(2, source)
     grid = F.interpolate(grid, size=target, mode=mode, align_corners=False)
     return grid.flatten(2).transpose(1, 2).to(pos_embed.dtype)
+
+
+def _are_equal(source: tuple[int, int], target: tuple[int, int]) -> bool:
+    """Say whether grids are equal, as far as is known.
+
+    Sizes that torch compiles or exports as symbols must not be tied to one grid: to them grids are
+    unequal, and interpolation to an equal grid changes nothing.
+    """
+    if not torch.compiler.is_compiling():
+        return source == target
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # slow to import
+
+    return statically_known_true(source[0] == target[0]) and statically_known_true(
+        source[1] == target[1]
+    )

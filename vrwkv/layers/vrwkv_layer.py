@@ -91,9 +91,8 @@ class VRWKVLayer(nn.Module):
         resolution: tuple[int, int] | None,
     ) -> Tensor:
         y = norm(mix(x, resolution)) if self.post_norm else mix(norm(x), resolution)
-        if gamma is not None:
-            y = gamma * y
-        return x + self.drop_path(y)
+        y = self.drop_path(y)
+        return x + y if gamma is None else torch.addcmul(x, gamma, y)
 
     def _forward(self, x: Tensor, resolution: tuple[int, int] | None) -> Tensor:
         if self.ln0 is not None:

@@ -9,6 +9,13 @@
 #define VRWKV_FN inline __attribute__((always_inline))
 #endif
 
+// The same of a lambda on the CPU.
+#if defined(__GNUC__)
+#define VRWKV_INLINE_LAMBDA __attribute__((always_inline))
+#else
+#define VRWKV_INLINE_LAMBDA
+#endif
+
 // Whether a fused multiply-add is one instruction. The files of instruction sets say so themselves: g++ up to 13 does not
 // define __FMA__ where a pragma chooses the target.
 #if !defined(VRWKV_HAS_FMA)

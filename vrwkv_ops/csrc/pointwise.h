@@ -30,16 +30,17 @@ struct SquaredReluBackward {
   }
 };
 
-// sigmoid(r) and sigmoid(-r), neither by subtraction.
+// sigmoid(r) and sigmoid(-r), neither by subtraction: 1 / (1 + e^-r) and e^-r / (1 + e^-r).
 template <typename T>
 struct Sigmoids {
   T plus, minus;
 
   VRWKV_FN explicit Sigmoids(T r) {
-    const Scaled<T> e = exp_scaled(r < T(0) ? r : -r);  // e^-|r|
-    const T small = power_of_two(e.exponent) * e.mantissa, inverse = T(1) / (T(1) + small);
-    plus = (r < T(0) ? small : T(1)) * inverse;
-    minus = (r < T(0) ? T(1) : small) * inverse;
+    // Within the range of e^-r; beyond it a sigmoid is 0 or 1 but for 1e-37.
+    const Scaled<T> e = exp_scaled_unclamped(clamp(-r, T(85)));
+    const T weight = any_power_of_two(e.exponent) * e.mantissa;
+    plus = T(1) / (T(1) + weight);
+    minus = weight * plus;
   }
 };
 

@@ -62,17 +62,29 @@ VRWKV_FN T larger(T a, T b) {
   return a > b ? a : b;
 }
 
-// 2^n for an integral n <= 1; n below the range of normal numbers counts as its end.
+// 2^n for an integral n; n outside [-126, 3] (double: [-1022, 3]) counts as the nearer end, NaN as either. Bounds are applied to
+// the bits, as integers: compilers have one instruction for that, but not where NaN matters.
 VRWKV_FN float power_of_two(float n) {
-  n = n < -126.f ? -126.f : n;
-  n = n > 1.f ? 1.f : n;
-  // 2^23 + 127 + n has the bits of 127 + n, a biased exponent, at its low end.
-  return bit_cast<float>(bit_cast<uint32_t>(n + (8388608.f + 127.f)) << 23);
+  // 2^23 + 127 + n has the bits of 127 + n, a biased exponent, at its low end; below 2^23 fewer, and negative ones below 0.
+  constexpr int32_t kZero = 0x4b000000;
+  int32_t bits = bit_cast<int32_t>(n + (8388608.f + 127.f));
+  bits = bits < kZero + 1 ? kZero + 1 : bits;
+  bits = bits > kZero + 130 ? kZero + 130 : bits;
+  return bit_cast<float>(static_cast<uint32_t>(bits) << 23);
 }
 
 VRWKV_FN double power_of_two(double n) {
-  n = n < -1022. ? -1022. : n;
-  n = n > 1. ? 1. : n;
+  constexpr int64_t kZero = 0x4330000000000000;
+  int64_t bits = bit_cast<int64_t>(n + (4503599627370496. + 1023.));
+  bits = bits < kZero + 1 ? kZero + 1 : bits;
+  bits = bits > kZero + 1026 ? kZero + 1026 : bits;
+  return bit_cast<double>(static_cast<uint64_t>(bits) << 52);
+}
+
+// 2^n for an integral n within the range of normal numbers.
+VRWKV_FN float any_power_of_two(float n) { return bit_cast<float>(bit_cast<uint32_t>(n + (8388608.f + 127.f)) << 23); }
+
+VRWKV_FN double any_power_of_two(double n) {
   return bit_cast<double>(bit_cast<uint64_t>(n + (4503599627370496. + 1023.)) << 52);
 }
 
@@ -83,9 +95,8 @@ struct Scaled {
 };
 
 // e^x with a mantissa in [sqrt(1/2), sqrt(2)], within 2 ulp for |x| <= 1e5 however large e^x is.
-VRWKV_FN Scaled<float> exp_scaled(float x) {
+VRWKV_FN Scaled<float> exp_scaled_unclamped(float x) {
   constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding and taking it away rounds to an integer
-  x = clamp(x, kMaxKey);
   const float n = multiply_add(x, static_cast<float>(kLog2e), kRound) - kRound;
   // ln(2) in two parts, the first of 9 bits: n * 0.693359375 is exact.
   float r = multiply_add(n, -0.693359375f, x);
@@ -99,13 +110,16 @@ VRWKV_FN Scaled<float> exp_scaled(float x) {
   return {multiply_add(p, r * r, r) + 1.f, n};
 }
 
-VRWKV_FN Scaled<double> exp_scaled(double x) {
+VRWKV_FN Scaled<double> exp_scaled_unclamped(double x) {
   constexpr double kRound = 6755399441055744.;  // 1.5 * 2^52
-  x = clamp(x, static_cast<double>(kMaxKey));
   const double n = multiply_add(x, kLog2e, kRound) - kRound;
   const double r = multiply_add(n, -1.9082149292705877e-10, multiply_add(n, -6.93147180369123816490e-01, x));
   return {::exp(r), n};
 }
+
+VRWKV_FN Scaled<float> exp_scaled(float x) { return exp_scaled_unclamped(clamp(x, kMaxKey)); }
+
+VRWKV_FN Scaled<double> exp_scaled(double x) { return exp_scaled_unclamped(clamp(x, static_cast<double>(kMaxKey))); }
 
 // log(mantissa * 2^exponent) for a normal mantissa > 0
 VRWKV_FN float log_scaled(float mantissa, float exponent) {
@@ -131,6 +145,16 @@ VRWKV_FN float log_scaled(float mantissa, float exponent) {
 
 VRWKV_FN double log_scaled(double mantissa, double exponent) { return multiply_add(exponent, kLn2, ::log(mantissa)); }
 
+// A mantissa back in [sqrt(1/2), sqrt(2)] that has left it by less than a factor of 2.
+VRWKV_FN Scaled<double> normalised(Scaled<double> x) {
+  const bool high = x.mantissa > 1.4142135623730951, low = x.mantissa < 0.70710678118654752;
+  return {x.mantissa * (high ? 0.5 : (low ? 2. : 1.)), x.exponent + (high ? 1. : (low ? -1. : 0.))};
+}
+
+VRWKV_FN Scaled<double> product(Scaled<double> a, Scaled<double> b) {
+  return normalised({a.mantissa * b.mantissa, a.exponent + b.exponent});
+}
+
 // A row of the table of e^(w n) for n = 0, 1, …: e^(w n) = power * 2^exponent and e^(-w n) = inverse * 2^-exponent.
 template <typename T>
 struct Decay {
@@ -150,12 +174,7 @@ struct DecayPowers {
   VRWKV_FN Decay<T> row() const {
     return {static_cast<T>(at.mantissa), static_cast<T>(1. / at.mantissa), static_cast<T>(at.exponent)};
   }
-  VRWKV_FN void next() {
-    at.mantissa *= ratio.mantissa, at.exponent += ratio.exponent;
-    const bool high = at.mantissa > 1.4142135623730951, low = at.mantissa < 0.70710678118654752;
-    at.mantissa *= high ? 0.5 : (low ? 2. : 1.);
-    at.exponent += high ? 1. : (low ? -1. : 0.);
-  }
+  VRWKV_FN void next() { at = product(at, ratio); }
 };
 
 // Forward: the weighted sum of values and of ones, (A, C) or (B, D) of paper equation 6, each times 2^exponent.
@@ -244,33 +263,61 @@ struct GradState {
   }
 };
 
-// The state of all chunks so far, in double and with a real exponent: the frame of a chunk is e^(-w length) away from the next.
+// What a number of tokens does to a state that passes them.
+struct Passage {
+  Scaled<double> decay = {1., 0.};  // e^(-w tokens)
+  double tokens = 0.;
+
+  static VRWKV_FN Passage of(double w, double n) {
+    return {exp_scaled_unclamped(-clamp(w, static_cast<double>(kMaxDecay)) * n), n};
+  }
+  VRWKV_FN void extend(const Passage& other) { decay = product(decay, other.decay), tokens += other.tokens; }
+};
+
+// The state of all chunks so far, in double and times frame: each chunk's frame is e^(-w length) away from the next, and a
+// mantissa of its own keeps the exponent integral, so that joining takes powers of two only.
 template <template <typename> class State>
 struct Carry {
   State<double> state;
+  double frame = 1.;
 
   // The state that enters the next chunk.
   template <typename T>
   VRWKV_FN State<T> enter() const {
-    const double whole = ::floor(state.exponent);
-    State<double> rounded = state;
-    rounded.advance(::exp2(state.exponent - whole), 0.);
-    rounded.exponent = whole;
-    return convert<T>(rounded);
+    State<double> plain = state;
+    plain.advance(frame, 0.);
+    return convert<T>(plain);
   }
 
-  // Joins what a chunk of `length` tokens held on its own.
+  // Joins what a chunk held on its own; `steps` is 1 where steps count (Counting), else 0.
   template <typename T>
-  VRWKV_FN void append(const State<T>& chunk, double w, double length) {
-    const State<double> own = convert<double>(chunk);
-    const double top = larger(state.exponent, own.exponent);
-    state.advance(::exp2(state.exponent - top), length * Counting<double>(w).steps);
-    state.add(own, ::exp2(own.exponent - top));
-    // A state that is still empty stays so.
-    state.exponent = top > kEmpty ? top - clamp(w, static_cast<double>(kMaxDecay)) * length * kLog2e : top;
+  VRWKV_FN void append(const State<T>& chunk, const Passage& passage, double steps) {
+    add(convert<double>(chunk), 1., passage.tokens * steps);
+    decay(passage.decay);
+  }
+
+  // Joins what all chunks of the tokens passed held.
+  VRWKV_FN void append(const Carry& chunks, const Passage& passage, double steps) {
+    decay(passage.decay);
+    add(chunks.state, chunks.frame, passage.tokens * steps);
   }
 
  private:
+  VRWKV_FN void add(const State<double>& other, double other_frame, double length) {
+    const double top = larger(state.exponent, other.exponent);
+    state.advance(power_of_two(state.exponent - top), length);
+    state.add(other, power_of_two(other.exponent - top) * (other_frame / frame));
+    state.exponent = top;
+  }
+
+  VRWKV_FN void decay(Scaled<double> by) {
+    const Scaled<double> moved = product({frame, state.exponent}, by);
+    // A state that is still empty stays so.
+    const bool empty = !(state.exponent > kEmpty);
+    frame = empty ? frame : moved.mantissa;
+    state.exponent = empty ? state.exponent : moved.exponent;
+  }
+
   template <typename To, typename From>
   static VRWKV_FN State<To> convert(State<From> from) {
     State<To> to;
@@ -310,7 +357,7 @@ struct TokenGrad {
   T gk = T(0), gv = T(0), gw = T(0), gu = T(0);
 
   VRWKV_FN void add(const GradState<T>& state, Decay<T> decay, Scaled<T> key, T v, T own) {
-    // e^(k_i - z_t - w d) <= 1
+    // e^(k_i - z_t - w d) <= 1, with mantissas and a chunk's frame down to an eighth.
     const T e = power_of_two(state.exponent - decay.exponent + key.exponent) * decay.inverse * key.mantissa;
     const T part = e * (state.g * v - state.h);
     gv = multiply_add(e, state.g, gv);

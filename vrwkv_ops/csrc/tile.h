@@ -147,22 +147,90 @@ VRWKV_FN void fill_decay(const Problem<scalar_t>& p, int64_t c) {
   }
 }
 
-// Replaces the state of each chunk by what all chunks before it hold (after it, in direction 1).
+// The chunks of an image are joined in segments, which run at the same time on CUDA: each is summed up on its own, then the
+// state of each chunk in it is replaced by what all chunks before it hold (after it, in direction 1). Positions count chunks
+// in the order of the direction.
+constexpr int kSegments = 16;
+
+template <template <typename> class State>
+struct Segment {
+  Carry<State> carry;
+  Passage passage;
+};
+
 template <template <typename> class State, typename P>
-VRWKV_FN void combine_direction(const P& p, int64_t b, int64_t c, int direction) {
+struct Joiner {
   using scalar_t = typename P::scalar_type;
   using T = typename P::acc_t;
-  Carry<State> carried[kWidth];
-  for (int64_t i = 0; i < p.chunks; ++i) {
-    const Tile<scalar_t> tile(p, b, direction == 0 ? i : p.chunks - 1 - i, c);
-    StateLanes<State<T>, T> own, entering;
-    tile.read_state(own, direction);
-    for (int j = 0; j < tile.count; ++j) {
-      entering.set(j, carried[j].template enter<T>());
-      carried[j].append(own.get(j), static_cast<double>(p.w[c + j]), static_cast<double>(tile.length));
+  using Lanes = StateLanes<State<T>, T>;
+  const P& p;
+  int64_t b, c;
+  int direction, segments, count;
+  Passage whole[kWidth], last[kWidth];  // those of a chunk, and of the last chunk, which may be shorter
+  double steps[kWidth];
+
+  VRWKV_FN Joiner(const P& problem, int64_t batch_index, int64_t channel, int which, int number)
+      : p(problem), b(batch_index), c(channel), direction(which), segments(number), count(Tile<scalar_t>(p, b, 0, c).count) {
+    const Tile<scalar_t> tile(p, b, p.chunks - 1, c);
+    for (int j = 0; j < count; ++j) {
+      const double w = static_cast<double>(p.w[c + j]);
+      whole[j] = Passage::of(w, static_cast<double>(p.chunk_length));
+      last[j] = Passage::of(w, static_cast<double>(tile.length));
+      steps[j] = Counting<double>(w).steps;
     }
-    tile.write_state(entering, direction);
   }
+
+  VRWKV_FN int64_t first(int segment) const { return p.chunks * segment / segments; }
+  VRWKV_FN int64_t chunk(int64_t position) const { return direction == 0 ? position : p.chunks - 1 - position; }
+  VRWKV_FN Passage passage(int64_t position, int j) const {
+    const bool shorter = chunk(position) == p.chunks - 1;
+    return {{shorter ? last[j].decay.mantissa : whole[j].decay.mantissa,
+             shorter ? last[j].decay.exponent : whole[j].decay.exponent},
+            shorter ? last[j].tokens : whole[j].tokens};
+  }
+
+  // Segment j of `to` is that of channel c + j.
+  VRWKV_FN void sum_up(int segment, Segment<State>* to) const {
+    for (int j = 0; j < count; ++j) to[j] = Segment<State>();
+    for (int64_t i = first(segment); i < first(segment + 1); ++i) {
+      Lanes own;
+      Tile<scalar_t>(p, b, chunk(i), c).read_state(own, direction);
+      for (int j = 0; j < count; ++j) {
+        to[j].carry.append(own.get(j), passage(i, j), steps[j]);
+        to[j].passage.extend(passage(i, j));
+      }
+    }
+  }
+
+  // `sums` are those of all segments, `stride` apart.
+  VRWKV_FN void enter(int segment, const Segment<State>* sums, int stride) const {
+    Carry<State> carried[kWidth];
+    for (int s = 0; s < segment; ++s) {
+      for (int j = 0; j < count; ++j) {
+        const Segment<State>& sum = sums[s * stride + j];
+        carried[j].append(sum.carry, sum.passage, steps[j]);
+      }
+    }
+    for (int64_t i = first(segment); i < first(segment + 1); ++i) {
+      const Tile<scalar_t> tile(p, b, chunk(i), c);
+      Lanes own, entering;
+      tile.read_state(own, direction);
+      for (int j = 0; j < count; ++j) {
+        entering.set(j, carried[j].template enter<T>());
+        carried[j].append(own.get(j), passage(i, j), steps[j]);
+      }
+      tile.write_state(entering, direction);
+    }
+  }
+};
+
+// On the CPU one segment takes the fewest steps. Very long sequences are joined as on CUDA, so that tests reach that here.
+template <template <typename> class State, typename P>
+VRWKV_FN void join_direction(const P& p, int64_t b, int64_t c, int direction) {
+  Segment<State> sums[kSegments * kWidth];
+  const Joiner<State, P> joiner(p, b, c, direction, p.chunks < 256 ? 1 : kSegments);
+  for (int s = 0; s < joiner.segments - 1; ++s) joiner.sum_up(s, sums + s * kWidth);
+  for (int s = 0; s < joiner.segments; ++s) joiner.enter(s, sums, kWidth);
 }
 
 template <typename T>
@@ -204,8 +272,8 @@ VRWKV_FN void forward_states(const Forward<scalar_t>& p, int64_t b, int64_t chun
 
 template <typename scalar_t, bool causal>
 VRWKV_FN void forward_combine(const Forward<scalar_t>& p, int64_t b, int64_t c) {
-  combine_direction<WkvState>(p, b, c, 0);
-  if constexpr (!causal) combine_direction<WkvState>(p, b, c, 1);
+  join_direction<WkvState>(p, b, c, 0);
+  if constexpr (!causal) join_direction<WkvState>(p, b, c, 1);
 }
 
 template <typename scalar_t, bool causal>
@@ -334,8 +402,8 @@ VRWKV_FN void backward_states(const Backward<scalar_t>& p, int64_t b, int64_t ch
 
 template <typename scalar_t, bool causal>
 VRWKV_FN void backward_combine(const Backward<scalar_t>& p, int64_t b, int64_t c) {
-  combine_direction<GradState>(p, b, c, 1);
-  if constexpr (!causal) combine_direction<GradState>(p, b, c, 0);
+  join_direction<GradState>(p, b, c, 1);
+  if constexpr (!causal) join_direction<GradState>(p, b, c, 0);
 }
 
 template <typename scalar_t, bool causal>

@@ -17,26 +17,45 @@ constexpr int kShiftLanes = 16;
 
 constexpr int kPointwiseLanes = 16;
 
-// Calls body(b, t, group, c, count) for the blocks of channels of a row, a token of an image.
+// Calls body(b, t, from, to, c, count) for the blocks of channels of rows, tokens of all images. Of whole blocks the compiler
+// knows the count.
 template <typename P, typename Body>
-VRWKV_FN void for_each_block(const P& p, int64_t row, const Body& body) {
-  const int64_t b = row / p.shift.tokens(), t = row % p.shift.tokens();
-  int64_t c = 0;
-  for (int group = 0; group < 5; ++group) {
-    const int64_t end = group < 4 ? p.shift.end[group] : p.channels;
-    const int64_t from = p.shift.neighbour(t, group, false), to = p.shift.neighbour(t, group, true);
-    for (; c < end; c += kShiftLanes) body(b, t, from, to, c, static_cast<int>(end - c < kShiftLanes ? end - c : kShiftLanes));
-    c = end;
+VRWKV_FN void for_each_block(const P& p, int64_t first_row, int64_t last_row, const Body& body) {
+  for (int64_t row = first_row; row < last_row; ++row) {
+    const int64_t b = row / p.shift.tokens(), t = row % p.shift.tokens();
+    int64_t c = 0;
+    for (int group = 0; group < 5; ++group) {
+      const int64_t end = group < 4 ? p.shift.end[group] : p.channels;
+      const int64_t from = p.shift.neighbour(t, group, false), to = p.shift.neighbour(t, group, true);
+      for (; c + kShiftLanes <= end; c += kShiftLanes) body(b, t, from, to, c, kShiftLanes);
+      if (c < end) body(b, t, from, to, c, static_cast<int>(end - c));
+      c = end;
+    }
   }
+}
+
+template <int kMixes, bool dense, typename scalar_t>
+VRWKV_FN void shift_rows(const ShiftForward<scalar_t>& p, int64_t first_row, int64_t last_row) {
+  for_each_block(p, first_row, last_row,
+                 [&](int64_t b, int64_t t, int64_t from, int64_t, int64_t c, int count)
+                     VRWKV_INLINE_LAMBDA { shift_forward<kMixes, kShiftLanes, dense>(p, b, t, from, c, count); });
 }
 
 template <typename scalar_t, int kMixes>
 void shift_forward_rows(const ShiftForward<scalar_t>& p, int64_t first_row, int64_t last_row) {
-  for (int64_t row = first_row; row < last_row; ++row) {
-    for_each_block(p, row, [&](int64_t b, int64_t t, int64_t from, int64_t, int64_t c, int count) {
-      shift_forward<kMixes, kShiftLanes>(p, b, t, from, c, count);
-    });
-  }
+  p.x.channel_stride == 1 ? shift_rows<kMixes, true>(p, first_row, last_row)
+                          : shift_rows<kMixes, false>(p, first_row, last_row);
+}
+
+template <int kMixes, bool dense, typename scalar_t>
+VRWKV_FN void shift_rows(const ShiftBackward<scalar_t>& p, int64_t first_row, int64_t last_row, acc_type<scalar_t>* sums) {
+  for_each_block(p, first_row, last_row,
+                 [&](int64_t b, int64_t t, int64_t from, int64_t to, int64_t c, int count) VRWKV_INLINE_LAMBDA {
+                   LanesOf<acc_type<scalar_t>, kShiftLanes> gmixes[kMixes];
+                   for (int n = 0; n < kMixes; ++n) load(gmixes[n], sums + n * p.channels + c, 1, count);
+                   shift_backward<kMixes, kShiftLanes, dense>(p, b, t, from, to, c, count, gmixes);
+                   for (int n = 0; n < kMixes; ++n) store(sums + n * p.channels + c, gmixes[n], count);
+                 });
 }
 
 template <typename scalar_t, int kMixes>
@@ -46,14 +65,9 @@ void shift_backward_piece(const ShiftBackward<scalar_t>& p, int64_t piece) {
   const int64_t last = first + p.piece_rows < rows ? first + p.piece_rows : rows;
   T* sums = p.gmixes + piece * kMixes * p.channels;
   for (int64_t i = 0; i < kMixes * p.channels; ++i) sums[i] = T(0);
-  for (int64_t row = first; row < last; ++row) {
-    for_each_block(p, row, [&](int64_t b, int64_t t, int64_t from, int64_t to, int64_t c, int count) {
-      LanesOf<T, kShiftLanes> gmixes[kMixes];
-      for (int n = 0; n < kMixes; ++n) load(gmixes[n], sums + n * p.channels + c, 1, count);
-      shift_backward<kMixes, kShiftLanes>(p, b, t, from, to, c, count, gmixes);
-      for (int n = 0; n < kMixes; ++n) store(sums + n * p.channels + c, gmixes[n], count);
-    });
-  }
+  bool dense = p.x.channel_stride == 1;
+  for (int n = 0; n < kMixes; ++n) dense = dense && p.grads[n].channel_stride == 1;
+  dense ? shift_rows<kMixes, true>(p, first, last, sums) : shift_rows<kMixes, false>(p, first, last, sums);
 }
 
 template <typename scalar_t, typename Function>

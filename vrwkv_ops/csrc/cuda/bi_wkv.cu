@@ -22,6 +22,7 @@ using vrwkv_ops::Forward;
 using vrwkv_ops::Problem;
 
 constexpr int kThreads = 64;
+constexpr int kJoined = 32;  // channels of a block that joins chunks
 constexpr int64_t kMaxGridX = std::numeric_limits<int32_t>::max();
 constexpr int64_t kMaxGridY = 65535;
 
@@ -30,9 +31,10 @@ struct ForwardSteps {
   static __device__ void states(const Forward<scalar_t>& p, int64_t b, int64_t chunk, int64_t c) {
     vrwkv::forward_states<scalar_t, causal>(p, b, chunk, c);
   }
-  static __device__ void combine(const Forward<scalar_t>& p, int64_t b, int64_t c) {
-    vrwkv::forward_combine<scalar_t, causal>(p, b, c);
-  }
+  template <typename P>
+  using Joiner = vrwkv::Joiner<vrwkv::WkvState, P>;
+  using Segment = vrwkv::Segment<vrwkv::WkvState>;
+  static constexpr int kFirstDirection = 0, kDirections = causal ? 1 : 2;
   static __device__ void outputs(const Forward<scalar_t>& p, int64_t b, int64_t chunk, int64_t c) {
     vrwkv::forward_outputs<scalar_t, causal>(p, b, chunk, c);
   }
@@ -43,9 +45,10 @@ struct BackwardSteps {
   static __device__ void states(const Backward<scalar_t>& p, int64_t b, int64_t chunk, int64_t c) {
     vrwkv::backward_states<scalar_t, causal>(p, b, chunk, c);
   }
-  static __device__ void combine(const Backward<scalar_t>& p, int64_t b, int64_t c) {
-    vrwkv::backward_combine<scalar_t, causal>(p, b, c);
-  }
+  template <typename P>
+  using Joiner = vrwkv::Joiner<vrwkv::GradState, P>;
+  using Segment = vrwkv::Segment<vrwkv::GradState>;
+  static constexpr int kFirstDirection = causal ? 1 : 0, kDirections = causal ? 1 : 2;
   static __device__ void outputs(const Backward<scalar_t>& p, int64_t b, int64_t chunk, int64_t c) {
     vrwkv::backward_outputs<scalar_t, causal>(p, b, chunk, c);
   }
@@ -65,10 +68,27 @@ __global__ void __launch_bounds__(kThreads) states_kernel(const P p) {
   for (int64_t i = blockIdx.x; i < p.batch * p.chunks; i += gridDim.x) Steps::states(p, i / p.chunks, i % p.chunks, channel());
 }
 
+// A block of threads joins the chunks of kJoined channels of one image in one direction, a segment to a thread.
 template <typename Steps, typename P>
-__global__ void __launch_bounds__(kThreads) combine_kernel(const P p) {
-  if (channel() >= p.channels) return;
-  for (int64_t b = blockIdx.x; b < p.batch; b += gridDim.x) Steps::combine(p, b, channel());
+__global__ void __launch_bounds__(kJoined* vrwkv::kSegments) join_kernel(const P p) {
+  __shared__ alignas(
+      typename Steps::Segment) unsigned char memory[sizeof(typename Steps::Segment) * kJoined * vrwkv::kSegments];
+  auto* const segments = reinterpret_cast<typename Steps::Segment*>(memory);
+  const int column = threadIdx.x % kJoined, segment = threadIdx.x / kJoined;
+  const int64_t c = static_cast<int64_t>(blockIdx.y) * kJoined + column;
+  for (int64_t i = blockIdx.x; i < p.batch * Steps::kDirections; i += gridDim.x) {
+    const int direction = Steps::kFirstDirection + static_cast<int>(i % Steps::kDirections);
+    if (c < p.channels) {
+      const typename Steps::template Joiner<P> joiner(p, i / Steps::kDirections, c, direction, vrwkv::kSegments);
+      joiner.sum_up(segment, segments + segment * kJoined + column);
+    }
+    __syncthreads();
+    if (c < p.channels) {
+      const typename Steps::template Joiner<P> joiner(p, i / Steps::kDirections, c, direction, vrwkv::kSegments);
+      joiner.enter(segment, segments + column, kJoined);
+    }
+    __syncthreads();  // before the next image overwrites
+  }
 }
 
 template <typename Steps, typename P>
@@ -81,7 +101,8 @@ __global__ void __launch_bounds__(kThreads) outputs_kernel(const P p) {
 template <typename Steps, typename P>
 void run_steps(const P& p) {
   const int64_t blocks = ceil_div(p.channels, kThreads);
-  TORCH_CHECK(blocks <= kMaxGridY, "bi_wkv: expected at most ", kMaxGridY * kThreads, " channels on CUDA, got ", p.channels);
+  TORCH_CHECK(ceil_div(p.channels, kJoined) <= kMaxGridY, "bi_wkv: expected at most ", kMaxGridY * kJoined,
+              " channels on CUDA, got ", p.channels);
   const auto grid = [&](int64_t work) {
     return dim3(static_cast<unsigned>(std::min(work, kMaxGridX)), static_cast<unsigned>(blocks));
   };
@@ -91,7 +112,9 @@ void run_steps(const P& p) {
   if (p.chunks > 1) {
     states_kernel<Steps><<<grid(p.batch * p.chunks), kThreads, 0, stream>>>(p);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
-    combine_kernel<Steps><<<grid(p.batch), kThreads, 0, stream>>>(p);
+    const auto joins = static_cast<unsigned>(std::min(p.batch * Steps::kDirections, kMaxGridX));
+    const dim3 join_grid(joins, static_cast<unsigned>(ceil_div(p.channels, kJoined)));
+    join_kernel<Steps><<<join_grid, kJoined * vrwkv::kSegments, 0, stream>>>(p);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
   outputs_kernel<Steps><<<grid(p.batch * p.chunks), kThreads, 0, stream>>>(p);

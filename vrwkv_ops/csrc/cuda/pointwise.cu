@@ -1,6 +1,5 @@
 // The element-wise functions on CUDA: a thread takes 16 bytes of every tensor, or one element where they are not aligned.
 #include "../pointwise.h"
-
 #include "../pointwise_driver.h"
 #include "launch.h"
 

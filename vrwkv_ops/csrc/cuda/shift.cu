@@ -1,6 +1,5 @@
 // Token shifts on CUDA. A thread takes 16 bytes of neighbouring channels where groups, strides and addresses allow it, else one.
 #include "../shift.h"
-
 #include "../shift_driver.h"
 #include "launch.h"
 
@@ -33,7 +32,7 @@ __global__ void __launch_bounds__(kBlockThreads) shift_forward_kernel(const Shif
     const int64_t c = i % blocks * kLanes, row = i / blocks;
     const int64_t b = row / p.shift.tokens(), t = row % p.shift.tokens();
     const int64_t from = p.shift.neighbour(t, p.shift.group(c), false);
-    vrwkv::shift_forward<kMixes, kLanes>(p, b, t, from, c, kLanes);
+    vrwkv::shift_forward<kMixes, kLanes, (kLanes > 1)>(p, b, t, from, c, kLanes);
   }
 }
 
@@ -55,8 +54,8 @@ __global__ void __launch_bounds__(kBlockThreads) shift_backward_kernel(const Shi
     if (c < p.channels) {
       for (int64_t row = first + row_of_threads; row < last; row += kRows) {
         const int64_t t = row % tokens;
-        vrwkv::shift_backward<kMixes, kLanes>(p, row / tokens, t, p.shift.neighbour(t, group, false),
-                                              p.shift.neighbour(t, group, true), c, kLanes, gmixes);
+        vrwkv::shift_backward<kMixes, kLanes, (kLanes > 1)>(p, row / tokens, t, p.shift.neighbour(t, group, false),
+                                                            p.shift.neighbour(t, group, true), c, kLanes, gmixes);
       }
     }
     for (int n = 0; n < kMixes; ++n) {

@@ -1,0 +1,106 @@
+"""VRWKV under torch.compile and torch.export: one graph for any size, with eager mode's results."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from vrwkv.backbones import VRWKV
+
+SIZES = [(32, 32), (48, 40), (56, 72)]
+# What a VRWKV can consist of; each variant is compiled once.
+VARIANTS = {
+    'tiny': {},
+    'post-norm': dict(post_norm=True, key_norm=True, init_values=0.1, out_indices=(0, 1)),
+    'rwkv': dict(shift_mode='single_shift', causal=True, drop_path_rate=0.5, drop_rate=0.1),
+    'mae': dict(shift_mode='double_shift', final_norm=False, with_cp=True),
+    'no-shift': dict(shift_mode='none', init_values=0.1),
+}
+
+
+def build(**arguments):
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    small = dict(img_size=32, patch_size=8, embed_dims=16, depth=2)
+    model = VRWKV(**{**small, **arguments})
+    with torch.no_grad():
+        model.pos_embed.normal_()
+    return model
+
+
+def forward(model, image):
+    torch.manual_seed(0)  # for dropout
+    return model(image)
+
+
+def train(model, image):
+    """Outputs and the gradients of all parameters."""
+    outputs = forward(model, image)
+    loss = sum(y.square().mean() for y in outputs)
+    return [*outputs, *torch.autograd.grad(loss, list(model.parameters()))]
+
+
+def assert_equal(got, expected):
+    """Decompositions of PyTorch's own operators round otherwise, in the last places."""
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * max(1.0, b.abs().max().item()))
+
+
+@pytest.mark.parametrize('arguments', VARIANTS.values(), ids=VARIANTS)
+def test_training_static(arguments):
+    model = build(**arguments)
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend='aot_eager')
+    image = torch.randn(2, 3, 32, 32)
+    if model.drop_after_pos.p or arguments.get('drop_path_rate'):
+        model.eval()  # random numbers come in another order under aot_autograd
+    assert_equal(train(compiled, image), train(model, image))
+
+
+@pytest.mark.parametrize('training', [True, False], ids=['training', 'inference'])
+def test_dynamic_sizes_share_one_graph(training):
+    model = build().train(training)
+    counter = CompileCounterWithBackend('aot_eager')
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    counts = []
+    for size in SIZES[1:]:
+        image = torch.randn(2, 3, *size)
+        if training:
+            assert_equal(train(compiled, image), train(model, image))
+        else:
+            with torch.inference_mode():
+                assert_equal(compiled(image), model(image))
+        counts.append(counter.frame_count)
+    assert counts[0] == counts[1]
+
+
+def test_inductor():
+    model = build(depth=1)
+    compiled = torch.compile(model, fullgraph=True)
+    image = torch.randn(2, 3, 32, 32)
+    assert_equal(train(compiled, image), train(model, image))
+
+
+def test_whole_tiny():
+    """The model of the paper, all twelve layers in one graph."""
+    model = build(img_size=224, patch_size=16, embed_dims=192, depth=12).eval()
+    counter = CompileCounterWithBackend('eager')
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    with torch.no_grad():
+        image = torch.randn(1, 3, 64, 96)
+        assert_equal(compiled(image), model(image))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize('strict', [True, False], ids=['strict', 'non-strict'])
+@pytest.mark.parametrize('example', [(32, 32), (48, 40)], ids=['own-size', 'other-size'])
+def test_export_with_dynamic_height_and_width(strict, example):
+    model = build(out_indices=(0, 1)).eval()
+    sides = {
+        2: torch.export.Dim('height', min=16, max=4096),  # two patches: PyTorch sets 1 apart
+        3: torch.export.Dim('width', min=16, max=4096),
+    }
+    program = torch.export.export(
+        model, (torch.randn(1, 3, *example),), dynamic_shapes=(sides,), strict=strict
+    )
+    for size in SIZES:
+        image = torch.randn(1, 3, *size)
+        assert_equal(program.module()(image), model(image))
