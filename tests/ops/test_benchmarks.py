@@ -70,7 +70,8 @@ def test_table_json_and_plot(modules, peers, tmp_path, capsys):
     status, content, printed = run(modules[1], capsys, tmp_path, *arguments)
     assert status == 0
     rows = content['rows']
-    kernels = ['bi_wkv', 'mine', 'token_shift', 'attention', 'exp']
+    ours = ['token_shift', 'sigmoid_gate', 'squared_relu']
+    kernels = ['bi_wkv', 'mine', *ours, 'attention', 'exp']
     assert [row['kernel'] for row in rows] == kernels * 4
     assert all(row['seconds'] > 0 and not row['refused'] and row['tokens'] == 4 for row in rows)
     bar = {'float32': 1e-5, 'bfloat16': 2**-8}
@@ -78,7 +79,7 @@ def test_table_json_and_plot(modules, peers, tmp_path, capsys):
         assert (row['error'] is None) == (row['kernel'] in ('attention', 'exp'))
         assert row['error'] is None or row['error'] < bar[row['dtype']]
     table = [line for line in printed.out.splitlines() if line.startswith('|')]
-    assert len(table) == 2 + len(rows) and all('mine' in line for line in table[3::5])
+    assert len(table) == 2 + len(rows) and all('mine' in line for line in table[3::7])
     for fact in ('processor', 'torch', 'kernels', 'command', 'commit'):
         assert content['environment'][fact] and f'{fact}: ' in printed.out
     with Image.open(tmp_path / 'operators.png') as image:
@@ -97,6 +98,7 @@ def test_bytes_are_those_of_the_design(modules):
         kernels = modules[1].make_kernels(args, dtype, 32)
         assert kernels['bi_wkv'].bytes == (forward * 48, both * 48)
         assert kernels['token_shift'].bytes[0] == 4 * 48 * dtype.itemsize
+        assert kernels['sigmoid_gate'].bytes == (3 * 48 * dtype.itemsize, 8 * 48 * dtype.itemsize)
 
 
 @pytest.mark.parametrize(

@@ -33,9 +33,10 @@ from harness import (
 )
 from torch import Tensor
 
-from vrwkv_ops import bi_wkv, scan, shift, token_shift
+from vrwkv_ops import bi_wkv, pointwise, scan, shift, sigmoid_gate, squared_relu, token_shift
 
 PATCH = 16
+OURS = {'bi_wkv', 'token_shift', 'sigmoid_gate', 'squared_relu', 'attention', 'exp'}
 PATIENCE = 5.0  # seconds that a call may take to be measured more than once
 
 
@@ -164,6 +165,21 @@ def make_kernels(
         (4 * size * count, 4 * size * count + 5 * size * count),
         shift_truth,
         grads,
+    )
+    r, g = k.double(), gy.double()
+    kernels['sigmoid_gate'] = Kernel(
+        sigmoid_gate,
+        [k, v],
+        (3 * size * count, 8 * size * count),
+        [torch.sigmoid(r) * v.double(), *pointwise.sigmoid_gate_backward(g, r, v.double())],
+        [gy],
+    )
+    kernels['squared_relu'] = Kernel(
+        squared_relu,
+        [k],
+        (2 * size * count, 5 * size * count),
+        [r.clamp(min=0).square(), 2 * g * r.clamp(min=0)],
+        [gy],
     )
     if args.heads:
         heads = [t.unflatten(2, (args.heads, -1)).transpose(1, 2) for t in (k, v, gy)]
@@ -296,7 +312,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if min(args.resolutions) < PATCH:
         parser.error(f'--resolutions start at {PATCH} (a patch), got {min(args.resolutions)}')
     names = [peer.name for peer in args.peer]
-    if len(set(names) | {'bi_wkv', 'token_shift', 'attention', 'exp'}) < len(names) + 4:
+    if len({*names, *OURS}) < len(names) + len(OURS):
         parser.error(f'--peer needs names that differ from each other and from ours, got {names}')
     return args
 
