@@ -34,7 +34,9 @@ class Scene(NamedTuple):
     masks: np.ndarray  #: Their visible pixels, of shape (N, size, size), bool.
 
 
-def scenes(split: str, count: int, size: int = 128, seed: int = 0) -> Iterator[Scene]:
+def scenes(
+    split: str, count: int, size: int = 128, seed: int = 0, digits: tuple[int, int] = (2, 6)
+) -> Iterator[Scene]:
     """Draw scenes; the same arguments give the same ones.
 
     Args:
@@ -42,10 +44,12 @@ def scenes(split: str, count: int, size: int = 128, seed: int = 0) -> Iterator[S
         count: How many.
         size: Height and width in pixels, at least 64.
         seed: Seed of everything that is random.
+        digits: How many digits to try at least and at most; those that would cover others are
+            left out.
 
     Yields:
-        Scenes with one to six digits, each a sixth to a third of the image high, and hardly
-        covering one another.
+        Scenes with digits, each a sixth to a third of the image high, and hardly covering one
+        another.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -55,14 +59,14 @@ def scenes(split: str, count: int, size: int = 128, seed: int = 0) -> Iterator[S
     if size < 64:
         raise ValueError(f'size must be at least 64 pixels, got {size}')
     rng = np.random.default_rng([seed, SPLITS.index(split)])
-    digits, labels = _digits(split)
+    shapes, labels = _digits(split)
     photographs = [_part(photograph, split) for photograph in load_sample_images().images]
     for _ in range(count):
         image = _background(photographs[rng.integers(len(photographs))], size, rng)
         found, masks = [], np.zeros((0, size, size), bool)
-        for _ in range(rng.integers(2, 7)):
-            index = rng.integers(len(digits))
-            mask = _place(digits[index], size, rng)
+        for _ in range(rng.integers(digits[0], digits[1] + 1)):
+            index = rng.integers(len(shapes))
+            mask = _place(shapes[index], size, rng)
             covered = (masks & mask).sum((1, 2))
             if (covered > 0.1 * masks.sum((1, 2))).any():
                 continue
@@ -169,7 +173,12 @@ def write_coco(
 
 
 def write_ade20k(
-    root: Path, train: int = 600, val: int = 100, size: int = 128, seed: int = 0
+    root: Path,
+    train: int = 600,
+    val: int = 100,
+    size: int = 128,
+    seed: int = 0,
+    digits: tuple[int, int] = (2, 6),
 ) -> Path:
     """Write scenes and label maps in ADE20K's folders.
 
@@ -182,6 +191,7 @@ def write_ade20k(
         val: Number of validation images.
         size: Height and width in pixels.
         seed: Seed of everything that is random.
+        digits: How many digits to try at least and at most in each image.
 
     Returns:
         The folder.
@@ -202,14 +212,15 @@ def write_ade20k(
             Image.fromarray(scene.image).save(part / 'images' / folder / name)
             Image.fromarray(labels).save(part / 'annotations' / folder / name)
 
-    return _write(root, write, dict(train=train, val=val), dict(size=size, seed=seed))
+    settings = dict(size=size, seed=seed, digits=tuple(digits))
+    return _write(root, write, dict(train=train, val=val), settings)
 
 
 def _write(
     root: Path,
     write: Callable[[Path, str, Iterator[Scene]], None],
     counts: dict[str, int],
-    settings: dict[str, int],
+    settings: dict[str, int | tuple[int, int]],
 ) -> Path:
     """Write both splits to a temporary folder and rename it, unless that was done before."""
     root = Path(root)

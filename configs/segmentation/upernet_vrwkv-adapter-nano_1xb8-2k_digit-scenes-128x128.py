@@ -14,26 +14,35 @@ model = dict(
         embed_dims=48,
         depth=4,
         drop_path_rate=0.0,
-        conv_inplane=16,
+        conv_inplane=32,
         interaction_indexes=[[0, 0], [1, 1], [2, 2], [3, 3]],
         norm_cfg=norm_cfg,
         init_cfg=None,
     ),
-    decode_head=dict(in_channels=[48, 48, 48, 48], channels=64, num_classes=11, norm_cfg=norm_cfg),
-    auxiliary_head=dict(in_channels=48, channels=32, num_classes=11, norm_cfg=norm_cfg),
+    decode_head=dict(
+        in_channels=[48, 48, 48, 48],
+        channels=64,
+        num_classes=11,
+        dropout_ratio=0.0,
+        norm_cfg=norm_cfg,
+    ),
+    auxiliary_head=dict(
+        in_channels=48, channels=32, num_classes=11, dropout_ratio=0.0, norm_cfg=norm_cfg
+    ),
     test_cfg=dict(mode='whole', crop_size=(128, 128), stride=(85, 85)),
 )
 
 optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(lr=2e-3),
-    paramwise_cfg=dict(layer_decay_rate=1.0),  # nothing pre-trained to keep
+    # Nothing is pre-trained, so no layer keeps a lower rate; heads that start small get a higher.
+    paramwise_cfg=dict(layer_decay_rate=1.0, custom_keys=dict(head=dict(lr_mult=5.0))),
 )
 param_scheduler = [
-    dict(type='LinearLR', start_factor=0.01, begin=0, end=100, by_epoch=False),
-    dict(type='PolyLR', power=1.0, eta_min=0.0, begin=100, end=2000, by_epoch=False),
+    dict(type='LinearLR', start_factor=0.01, begin=0, end=50, by_epoch=False),
+    dict(type='PolyLR', power=1.0, eta_min=0.0, begin=50, end=2000, by_epoch=False),
 ]
-train_cfg = dict(max_iters=2000, val_interval=500)
+train_cfg = dict(max_iters=2000, val_interval=1000)
 auto_scale_lr = dict(base_batch_size=8)
 
 default_hooks = dict(

@@ -1,6 +1,7 @@
 # Handwritten digits on photographs, in ADE20K's folders; demo/digit_scenes.py writes them.
 dataset_type = 'CheckedSegDataset'
 data_root = 'data/digit_scenes_ade20k'
+digit_scenes = dict(train=2000, val=100, size=128, seed=0, digits=(6, 12))
 metainfo = dict(
     classes=('background', *'0123456789'),
     palette=[
@@ -8,15 +9,12 @@ metainfo = dict(
         [145, 30, 180], [70, 240, 240], [240, 50, 230], [210, 245, 60], [250, 190, 212],
     ],
 )  # fmt: skip
-crop_size = (128, 128)
 
+# Neither flips, since a digit is another sign in a mirror, nor any other change: place, size and
+# colour of the digits are random already.
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations'),
-    dict(type='RandomResize', scale=crop_size, ratio_range=(0.75, 1.5), keep_ratio=True),
-    dict(type='RandomCrop', crop_size=crop_size),
-    # No flips: a digit is another sign, or none, in a mirror.
-    dict(type='PhotoMetricDistortion'),
     dict(type='PackSegInputs'),
 ]
 test_pipeline = [
