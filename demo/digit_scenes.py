@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
+from scipy.ndimage import binary_dilation
 from sklearn.datasets import load_digits, load_sample_images
 from sklearn.model_selection import train_test_split
 
@@ -35,7 +36,13 @@ class Scene(NamedTuple):
 
 
 def scenes(
-    split: str, count: int, size: int = 128, seed: int = 0, digits: tuple[int, int] = (2, 6)
+    split: str,
+    count: int,
+    size: int = 128,
+    seed: int = 0,
+    digits: tuple[int, int] = (2, 6),
+    sides: tuple[int, int] = (6, 3),
+    white: bool = False,
 ) -> Iterator[Scene]:
     """Draw scenes; the same arguments give the same ones.
 
@@ -46,10 +53,13 @@ def scenes(
         seed: Seed of everything that is random.
         digits: How many digits to try at least and at most; those that would cover others are
             left out.
+        sides: The least and the largest height of a digit, as divisors of ``size``: a sixth to a
+            third of it.
+        white: Whether all digits are white, apart, and on photographs of half their brightness;
+            else each has a colour that is far from what it covers.
 
     Yields:
-        Scenes with digits, each a sixth to a third of the image high, and hardly covering one
-        another.
+        Scenes with digits that hardly cover one another.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -63,14 +73,18 @@ def scenes(
     photographs = [_part(photograph, split) for photograph in load_sample_images().images]
     for _ in range(count):
         image = _background(photographs[rng.integers(len(photographs))], size, rng)
+        if white:
+            image //= 2
         found, masks = [], np.zeros((0, size, size), bool)
         for _ in range(rng.integers(digits[0], digits[1] + 1)):
             index = rng.integers(len(shapes))
-            mask = _place(shapes[index], size, rng)
-            covered = (masks & mask).sum((1, 2))
-            if (covered > 0.1 * masks.sum((1, 2))).any():
+            mask = _place(shapes[index], size, sides, rng)
+            if white:  # nothing else would tell two that touch apart
+                if (masks & binary_dilation(mask, iterations=2)).any():
+                    continue
+            elif ((masks & mask).sum((1, 2)) > 0.1 * masks.sum((1, 2))).any():
                 continue
-            image[mask] = _contrasting_colour(image[mask], rng)
+            image[mask] = 255 if white else _contrasting_colour(image[mask], rng)
             masks = np.concatenate([masks & ~mask, mask[None]])
             found.append(int(labels[index]))
         yield Scene(image, found, masks)
@@ -100,9 +114,11 @@ def _background(photograph: np.ndarray, size: int, rng: np.random.Generator) -> 
     return image[:, ::-1].copy() if rng.random() < 0.5 else image
 
 
-def _place(digit: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+def _place(
+    digit: np.ndarray, size: int, sides: tuple[int, int], rng: np.random.Generator
+) -> np.ndarray:
     """Return a digit's pixels, enlarged, somewhere in an empty image."""
-    side = int(rng.integers(size // 6, size // 3 + 1))
+    side = int(rng.integers(size // sides[0], size // sides[1] + 1))
     grey = Image.fromarray(np.round(digit * (255 / 16)).astype(np.uint8))
     ink = np.array(grey.resize((side, side), Image.Resampling.BICUBIC)) > 110
     top, left = rng.integers(0, size - side + 1, 2)
@@ -179,6 +195,8 @@ def write_ade20k(
     size: int = 128,
     seed: int = 0,
     digits: tuple[int, int] = (2, 6),
+    sides: tuple[int, int] = (6, 3),
+    white: bool = False,
 ) -> Path:
     """Write scenes and label maps in ADE20K's folders.
 
@@ -191,7 +209,9 @@ def write_ade20k(
         val: Number of validation images.
         size: Height and width in pixels.
         seed: Seed of everything that is random.
-        digits: How many digits to try at least and at most in each image.
+        digits: As for :func:`scenes`.
+        sides: As for :func:`scenes`.
+        white: As for :func:`scenes`.
 
     Returns:
         The folder.
@@ -212,7 +232,7 @@ def write_ade20k(
             Image.fromarray(scene.image).save(part / 'images' / folder / name)
             Image.fromarray(labels).save(part / 'annotations' / folder / name)
 
-    settings = dict(size=size, seed=seed, digits=tuple(digits))
+    settings = dict(size=size, seed=seed, digits=tuple(digits), sides=tuple(sides), white=white)
     return _write(root, write, dict(train=train, val=val), settings)
 
 
@@ -220,7 +240,7 @@ def _write(
     root: Path,
     write: Callable[[Path, str, Iterator[Scene]], None],
     counts: dict[str, int],
-    settings: dict[str, int | tuple[int, int]],
+    settings: dict[str, object],
 ) -> Path:
     """Write both splits to a temporary folder and rename it, unless that was done before."""
     root = Path(root)

@@ -1,7 +1,8 @@
 # Handwritten digits on photographs, in ADE20K's folders; demo/digit_scenes.py writes them.
 dataset_type = 'CheckedSegDataset'
 data_root = 'data/digit_scenes_ade20k'
-digit_scenes = dict(train=2000, val=100, size=128, seed=0, digits=(6, 12))
+# White and large, so that a training of minutes learns which pixels are which digit's.
+digit_scenes = dict(train=2000, val=100, size=96, seed=0, digits=(4, 8), sides=(4, 3), white=True)
 metainfo = dict(
     classes=('background', *'0123456789'),
     palette=[
