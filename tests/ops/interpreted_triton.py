@@ -38,8 +38,8 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    """Tiles of 8 tokens and 2 channels, of which 4 are joined at a time."""
-    use_tiles(monkeypatch, 8, 2, 4)
+    """Tiles of 8 tokens and 2 channels, of which 2 are joined at a time."""
+    use_tiles(monkeypatch, 8, 2, 2)
     monkeypatch.setattr(shift_kernels, '_BLOCKS', dict(BLOCK_T=4, BLOCK_C=8))
 
 
@@ -106,10 +106,19 @@ def test_values_worked_out_by_hand():
         torch.testing.assert_close(bi_wkv(w, u, k, v, causal)[0], expected, rtol=1e-6, atol=0)
 
 
+def test_a_token_alone_gets_its_very_value():
+    """Not v e^k / e^k, which may round: its weights move nothing, and their gradients are 0."""
+    w, u, k, v, gy = make_inputs(1, 8, 4)
+    y, gw, gu, gk, gv = run(w, u, k, v, gy)
+    assert torch.equal(y, v)
+    assert not gw.any() and not gu.any() and not gk.any()
+    torch.testing.assert_close(gv, gy, rtol=1e-6, atol=0)
+
+
 @both_directions
 @pytest.mark.parametrize('tokens', [1, 7, 8, 9, 33])
 def test_float64_equals_dense(causal, tokens):
-    """One tile and several, full and not, joined at once and in two rounds (33)."""
+    """One tile and several, full and not, joined in one to three rounds."""
     inputs = make_inputs(tokens, k_max=10, w_total=20, dtype=torch.float64)
     truths = dense_with_gradients(*inputs, causal)
     for got, expected in zip(run(*inputs, causal), truths, strict=True):
