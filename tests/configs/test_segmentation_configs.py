@@ -254,19 +254,20 @@ def test_trains_and_predicts(name):
     model = build(cfg, device='cpu')
     model.init_weights()
     classes = cfg.model.decode_head.num_classes
-    samples = []
-    for _ in range(2):
-        sample = SegDataSample(metainfo=dict(ori_shape=(60, 90), img_shape=(60, 90)))
-        sample.gt_sem_seg = PixelData(data=torch.randint(classes, (1, 60, 90)))
-        samples.append(sample)
-    images = [torch.randint(256, (3, 60, 90), dtype=torch.uint8) for _ in samples]
-    data = model.data_preprocessor(dict(inputs=images, data_samples=samples), training=True)
+    # Nothing is filled up: mmseg's class weights cannot deal with ignored pixels.
+    sample = SegDataSample(metainfo=dict(ori_shape=(64, 96), img_shape=(64, 96)))
+    sample.gt_sem_seg = PixelData(data=torch.randint(classes, (1, 64, 96)))
+    image = torch.randint(256, (3, 64, 96), dtype=torch.uint8)
+    batch = dict(inputs=[image] * 2, data_samples=[sample, sample.clone()])
+    data = model.data_preprocessor(batch, training=True)
     losses = model(**data, mode='loss')
     sum(value for key, value in losses.items() if 'loss' in key).backward()
     for parameter_name, parameter in model.named_parameters():
         assert parameter.grad is not None, parameter_name
         assert parameter.grad.isfinite().all(), parameter_name
     model.eval()
-    prediction = model.test_step(dict(inputs=images[:1], data_samples=samples[:1]))[0]
+    sample.set_metainfo(dict(ori_shape=(60, 90), img_shape=(60, 90)))
+    batch = dict(inputs=[image[:, :60, :90]], data_samples=[sample])
+    prediction = model.test_step(batch)[0]
     assert prediction.pred_sem_seg.data.shape == (1, 60, 90)
     assert prediction.seg_logits.data.shape == (classes, 60, 90)

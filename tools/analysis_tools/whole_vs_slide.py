@@ -1,13 +1,13 @@
 """Measure time and peak memory of segmenting an image whole, and in windows that slide over it.
 
-Weights are random: neither depends on them.
+Memory on a CPU is read as Linux reports it. Weights are random: neither depends on them.
 """
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
-import resource
+import re
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -22,11 +22,14 @@ GIB = 2**30
 MODES = ('whole', 'slide')
 
 
-def peak_bytes(device: str) -> int:
-    """Read the peak so far: of the process, or of what it allocated on its GPU."""
+def used_bytes(device: str, peak: bool) -> int:
+    """Read the memory of this process, or what it allocated on its GPU: now, or at its peak."""
     if device.startswith('cuda'):
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+        return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
+    # Unlike getrusage, which starts from the peak of the process that started this one.
+    name = 'VmHWM' if peak else 'VmRSS'
+    status = Path('/proc/self/status').read_text()
+    return int(re.search(rf'{name}:\s+(\d+) kB', status)[1]) * 1024
 
 
 def seconds(model: nn.Module, data: dict, device: str) -> float:
@@ -62,9 +65,9 @@ def measure(
     model.test_cfg.mode = mode
     sample = SegDataSample(metainfo=dict(ori_shape=size, img_shape=size))
     data = dict(inputs=[torch.zeros(3, *size, dtype=torch.uint8)], data_samples=[sample])
-    before = peak_bytes(device)
+    before = used_bytes(device, peak=False)
     times = [seconds(model, data, device) for _ in range(repeats)]
-    return min(times), peak_bytes(device) - before
+    return min(times), used_bytes(device, peak=True) - before
 
 
 def main() -> None:
