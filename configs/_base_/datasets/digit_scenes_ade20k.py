@@ -11,8 +11,8 @@ metainfo = dict(
     ],
 )  # fmt: skip
 
-# Neither flips, since a digit is another sign in a mirror, nor any other change: place, size and
-# colour of the digits are random already.
+# Neither flips, since a digit is another sign in a mirror, nor any other change: place and size of
+# the digits are random already.
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations'),
