@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.registry import DefaultScope
+from mmengine.visualization import Visualizer
 from PIL import Image
 
 
@@ -33,11 +34,18 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture(autouse=True)
-def default_scope():
-    """Undo what a test does to mmengine's default scope, which every Runner sets for good."""
-    before = DefaultScope._instance_dict.copy()
+def global_instances():
+    """Undo what a test does to mmengine's default scope and visualizers, which Runners set for good.
+
+    A visualizer of a name that is taken would write where the first of that name does.
+    """
+    scopes = DefaultScope._instance_dict.copy()
     yield
-    DefaultScope._instance_dict = before
+    DefaultScope._instance_dict = scopes
+    kinds = [Visualizer]
+    for kind in kinds:  # grows on the way
+        kinds += kind.__subclasses__()
+        kind._instance_dict.clear()
 
 
 @pytest.fixture(scope='session')
