@@ -35,7 +35,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def global_instances():
-    """Undo what a test does to mmengine's default scope and visualizers, which Runners set for good.
+    """Undo what a test does to mmengine's default scope and visualizers, which Runners keep.
 
     A visualizer of a name that is taken would write where the first of that name does.
     """
