@@ -18,7 +18,7 @@ from digits_demo import ROOT, is_newer, measure, train
 from mmengine.config import Config
 from PIL import Image
 
-CONFIG = ROOT / 'configs/segmentation/upernet_vrwkv-adapter-nano_1xb8-2k_digit-scenes-96x96.py'
+CONFIG = ROOT / 'configs/segmentation/upernet_vrwkv-adapter-nano_1xb8-1k_digit-scenes-96x96.py'
 
 
 class Result(NamedTuple):
