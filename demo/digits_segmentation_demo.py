@@ -7,14 +7,13 @@ an interrupted training goes on from its last checkpoint.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib as mpl
 import numpy as np
 from digit_scenes import write_ade20k
-from digits_demo import ROOT, is_newer, measure, train
+from digits_demo import ROOT, is_newer, measure, parse_arguments, train
 from mmengine.config import Config
 from PIL import Image
 
@@ -86,14 +85,7 @@ def draw(
 
 def main() -> None:
     """Run the demo from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
-    parser.add_argument('config', nargs='?', default=CONFIG, type=Path, help='default: %(default)s')
-    parser.add_argument(
-        '--work-dir', type=Path, help='default: work_dirs/<name of the config> in the checkout'
-    )
-    args = parser.parse_args()
-    config = args.config.resolve()
-    work_dir = (args.work_dir or ROOT / 'work_dirs' / config.stem).resolve()
+    config, work_dir = parse_arguments(__doc__, CONFIG)
 
     cfg = Config.fromfile(config)
     data_root = ROOT / cfg.data_root
