@@ -54,5 +54,14 @@ VRWKV_FN void store(scalar_t* to, const LanesOf<T, kLanes>& from, int count) {
   }
 }
 
+// Asks for the memory of a block before it is read or written.
+template <int kLanes, bool for_write, typename scalar_t>
+VRWKV_FN void prefetch(const scalar_t* block) {
+#if defined(__GNUC__) && !defined(__CUDA_ARCH__)
+  constexpr int kLine = 64 / sizeof(scalar_t);
+  for (int j = 0; j < kLanes; j += kLine) __builtin_prefetch(block + j, for_write);
+#endif
+}
+
 }  // namespace vrwkv
 }  // namespace

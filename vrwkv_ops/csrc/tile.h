@@ -19,6 +19,9 @@ using vrwkv_ops::View;
 constexpr int kWidth = VRWKV_TILE_WIDTH;
 constexpr int kMaxChunk = VRWKV_TILE_TOKENS;
 constexpr int kAlignment = kWidth % 16 == 0 ? 64 : 8;
+// Loops over tokens ask for memory as many tokens ahead: a processor does not see the pattern in blocks this far apart, and a
+// store that has to wait for its memory holds up all others.
+constexpr int kAhead = 8;
 
 template <typename T>
 using Lanes = LanesOf<T, kWidth>;
@@ -90,6 +93,15 @@ struct Tile {
     for (int j = 0; j < kWidth; ++j) to.x[j] *= problem.headroom;
   }
   VRWKV_FN int64_t offset(int t) const { return (b * problem.tokens + first + t) * problem.channels + c; }
+
+  template <typename... Views>
+  VRWKV_FN void will_read(int t, const Views&... views) const {
+    if (t >= 0 && t < length) (prefetch<kWidth, false>(views.row(b, first + t, c)), ...);
+  }
+  template <typename... Outputs>
+  VRWKV_FN void will_write(int t, const Outputs*... outputs) const {
+    if (t < length) (prefetch<kWidth, true>(outputs + offset(t)), ...);
+  }
 
   // e^(w n)
   VRWKV_FN void read_decay(DecayLanes<T>& to, int n) const {
@@ -256,6 +268,7 @@ VRWKV_FN void forward_states(const Forward<scalar_t>& p, int64_t b, int64_t chun
   DecayLanes<T> decay;
   WkvLanes<T> before, after;
   for (int t = 0; t < tile.length; ++t) {
+    tile.will_read(t + kAhead, p.k, p.v);
     tile.read(k, p.k, t);
     tile.read_values(v, t);
     exp_lanes(key, k, T(1));
@@ -294,6 +307,7 @@ VRWKV_FN void forward_outputs(const Forward<scalar_t>& p, int64_t b, int64_t chu
     tile.read_state(state, 1);
     for (int t = tile.length - 1; t >= 0; --t) {
       state.copy_to(after[t]);
+      tile.will_read(t - kAhead, p.k, p.v);
       tile.read(k, p.k, t);
       tile.read_values(v, t);
       exp_lanes(key, k, T(1));
@@ -307,6 +321,9 @@ VRWKV_FN void forward_outputs(const Forward<scalar_t>& p, int64_t b, int64_t chu
   DecayLanes<T> from_left, from_right;
   Lanes<T> y, denominator, exponent;
   for (int t = 0; t < tile.length; ++t) {
+    if constexpr (causal) tile.will_read(t + kAhead, p.k, p.v);
+    tile.will_write(t + kAhead, p.y);
+    if (p.z) tile.will_write(t + kAhead, p.z);
     tile.read(k, p.k, t);
     tile.read_values(v, t);
     tile.read_decay(from_left, t);
@@ -344,6 +361,11 @@ struct Saved {
   using T = acc_type<scalar_t>;
   Lanes<T> gy, y;
   ScaledLanes<T> shrink;
+
+  VRWKV_FN void will_read(const Backward<scalar_t>& p, const Tile<scalar_t>& tile, int t) const {
+    const int64_t image = p.tokens * p.channels;
+    tile.will_read(t, p.gy, View<T>{p.z, image, p.channels, 1}, View<scalar_t>{p.y, image, p.channels, 1});
+  }
 
   VRWKV_FN void read(const Backward<scalar_t>& p, const Tile<scalar_t>& tile, int t) {
     Lanes<T> z;
@@ -386,6 +408,7 @@ VRWKV_FN void backward_states(const Backward<scalar_t>& p, int64_t b, int64_t ch
     GradLanes<T> state;
     for (int i = 0; i < tile.length; ++i) {
       const int t = direction == 0 ? i : tile.length - 1 - i;
+      saved.will_read(p, tile, direction == 0 ? t + kAhead : t - kAhead);
       saved.read(p, tile, t);
       tile.read_decay(decay, i + 1);
       const T origin = static_cast<T>(distances.origin(tile.first + t, direction));
@@ -426,6 +449,8 @@ VRWKV_FN void backward_outputs(const Backward<scalar_t>& p, int64_t b, int64_t c
     GradLanes<T> state;
     tile.read_state(state, 1);
     for (int t = tile.length - 1; t >= 0; --t) {
+      tile.will_read(t - kAhead, p.k, p.v);
+      saved.will_read(p, tile, t - kAhead);
       tile.read(k, p.k, t);
       tile.read_values(v, t);
       saved.read(p, tile, t);
@@ -451,6 +476,7 @@ VRWKV_FN void backward_outputs(const Backward<scalar_t>& p, int64_t b, int64_t c
   if constexpr (!causal) tile.read_state(state, 0);
   Lanes<T> gk, gv;
   for (int t = 0; t < tile.length; ++t) {
+    tile.will_write(t + kAhead, p.gk, p.gv);
     tile.read(k, p.k, t);
     tile.read_values(v, t);
     saved.read(p, tile, t);
