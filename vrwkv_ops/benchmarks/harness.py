@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib.util
 import json
 import os
@@ -182,6 +183,18 @@ def synchronize(used: torch.device) -> None:
     """Waits for a device."""
     if used.type != 'cpu':
         torch.get_device_module(used).synchronize(used)
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep the memory that tensors leave, so that no timing counts page faults.
+
+    It is for a program of its own: nothing that it allocates later goes back to the system.
+    """
+    mmap_max, trim_threshold = -4, -1  # glibc's malloc.h
+    if platform.libc_ver()[0] == 'glibc':
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, 2**31 - 1)
 
 
 def time_calls(

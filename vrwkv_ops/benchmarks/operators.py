@@ -25,6 +25,7 @@ from harness import (
     copy_bandwidth,
     describe_environment,
     import_pyplot,
+    keep_freed_memory,
     markdown_table,
     positive_int,
     save_figure,
@@ -350,4 +351,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == '__main__':
+    keep_freed_memory()
     sys.exit(main())
