@@ -34,11 +34,21 @@ VRWKV_FN void for_each_block(const P& p, int64_t first_row, int64_t last_row, co
   }
 }
 
+// Blocks ask for the memory of those as many tokens further: a store that has to wait for its memory holds up all others.
+constexpr int64_t kShiftAhead = 2;
+
 template <int kMixes, bool dense, typename scalar_t>
 VRWKV_FN void shift_rows(const ShiftForward<scalar_t>& p, int64_t first_row, int64_t last_row) {
   for_each_block(p, first_row, last_row,
-                 [&](int64_t b, int64_t t, int64_t from, int64_t, int64_t c, int count)
-                     VRWKV_INLINE_LAMBDA { shift_forward<kMixes, kShiftLanes, dense>(p, b, t, from, c, count); });
+                 [&](int64_t b, int64_t t, int64_t from, int64_t, int64_t c, int count) VRWKV_INLINE_LAMBDA {
+                   const int64_t later = t + kShiftAhead;
+                   if (later < p.shift.tokens()) {
+                     prefetch<kShiftLanes, false>(p.x.row(b, later, c));
+                     for (int n = 0; n < kMixes; ++n)
+                       prefetch<kShiftLanes, true>(p.out[n] + (b * p.shift.tokens() + later) * p.channels + c);
+                   }
+                   shift_forward<kMixes, kShiftLanes, dense>(p, b, t, from, c, count);
+                 });
 }
 
 template <typename scalar_t, int kMixes>
@@ -51,6 +61,12 @@ template <int kMixes, bool dense, typename scalar_t>
 VRWKV_FN void shift_rows(const ShiftBackward<scalar_t>& p, int64_t first_row, int64_t last_row, acc_type<scalar_t>* sums) {
   for_each_block(p, first_row, last_row,
                  [&](int64_t b, int64_t t, int64_t from, int64_t to, int64_t c, int count) VRWKV_INLINE_LAMBDA {
+                   const int64_t later = t + kShiftAhead;
+                   if (later < p.shift.tokens()) {
+                     prefetch<kShiftLanes, false>(p.x.row(b, later, c));
+                     for (int n = 0; n < kMixes; ++n) prefetch<kShiftLanes, false>(p.grads[n].row(b, later, c));
+                     prefetch<kShiftLanes, true>(p.gx + (b * p.shift.tokens() + later) * p.channels + c);
+                   }
                    LanesOf<acc_type<scalar_t>, kShiftLanes> gmixes[kMixes];
                    for (int n = 0; n < kMixes; ++n) load(gmixes[n], sums + n * p.channels + c, 1, count);
                    shift_backward<kMixes, kShiftLanes, dense>(p, b, t, from, to, c, count, gmixes);
