@@ -203,7 +203,7 @@ def time_calls(
     """Median seconds of each call.
 
     A round measures all calls, so that a change of the machine's load meets all of them. Short
-    calls are repeated within a round, for 20 ms.
+    calls are repeated within a round, for 100 ms.
 
     Args:
         calls: What to measure. Their arguments must be bound, not loop variables.
@@ -216,7 +216,7 @@ def time_calls(
     for name, call in calls.items():
         call()  # warms up: compiles, fills caches
         seconds = _seconds(call, used, 1)
-        counts[name] = max(1, min(1000, int(0.02 / max(seconds, 1e-6))))
+        counts[name] = max(1, min(1000, int(0.1 / max(seconds, 1e-6))))
         if seconds > patience:
             counts[name] = -1
     samples = {name: [] for name in calls}
