@@ -1,16 +1,10 @@
-_base_ = ['./upernet_vit-adapter-small_8xb2-160k_ade20k-512x512.py']
+_base_ = [
+    './upernet_vit-adapter-small_8xb2-160k_ade20k-512x512.py',
+    '../_base_/models/vit_adapter/base.py',
+]
 
 model = dict(
-    backbone=dict(
-        embed_dims=768,
-        num_heads=12,
-        drop_path_rate=0.3,
-        deform_num_heads=12,
-        deform_ratio=0.5,
-        init_cfg=dict(
-            checkpoint='https://download.openmmlab.com/mmclassification/v0/deit/deit-base_pt-16xb64_in1k_20220216-db63c16c.pth'
-        ),
-    ),
+    backbone=_base_.pop('backbone'),
     decode_head=dict(in_channels=[768, 768, 768, 768]),
     auxiliary_head=dict(in_channels=768),
 )

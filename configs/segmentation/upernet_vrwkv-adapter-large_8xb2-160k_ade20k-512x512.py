@@ -1,19 +1,10 @@
-_base_ = ['./upernet_vrwkv-adapter-base_8xb2-160k_ade20k-512x512.py']
+_base_ = [
+    './upernet_vrwkv-adapter-base_8xb2-160k_ade20k-512x512.py',
+    '../_base_/models/vrwkv_adapter/large.py',
+]
 
 model = dict(
-    backbone=dict(
-        # Of the pre-training; the position embedding is resized in forward.
-        img_size=192,
-        embed_dims=1024,
-        depth=24,
-        key_norm=True,
-        drop_path_rate=0.4,
-        deform_num_heads=16,
-        interaction_indexes=[[0, 5], [6, 11], [12, 17], [18, 23]],
-        init_cfg=dict(
-            checkpoint='https://huggingface.co/OpenGVLab/Vision-RWKV/resolve/main/vrwkv_l_in22k_192.pth'
-        ),
-    ),
+    backbone=_base_.pop('backbone'),
     decode_head=dict(in_channels=[1024, 1024, 1024, 1024]),
     auxiliary_head=dict(in_channels=1024),
 )

@@ -1,15 +1,10 @@
-_base_ = ['./upernet_vrwkv-adapter-tiny_8xb2-160k_ade20k-512x512.py']
+_base_ = [
+    './upernet_vrwkv-adapter-tiny_8xb2-160k_ade20k-512x512.py',
+    '../_base_/models/vrwkv_adapter/small.py',
+]
 
 model = dict(
-    backbone=dict(
-        embed_dims=384,
-        init_values=1e-5,
-        post_norm=True,
-        drop_path_rate=0.2,
-        init_cfg=dict(
-            checkpoint='https://huggingface.co/OpenGVLab/Vision-RWKV/resolve/main/vrwkv_s_in1k_224.pth'
-        ),
-    ),
+    backbone=_base_.pop('backbone'),
     decode_head=dict(in_channels=[384, 384, 384, 384]),
     auxiliary_head=dict(in_channels=384),
 )

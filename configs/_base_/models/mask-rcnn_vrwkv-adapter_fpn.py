@@ -1,28 +1,7 @@
-_base_ = ['mmdet::_base_/models/mask-rcnn_r50_fpn.py']
+_base_ = ['mmdet::_base_/models/mask-rcnn_r50_fpn.py', './vrwkv_adapter/tiny.py']
 
-# The paper's Tiny; pads images to multiples of 32, as the adapter needs them.
+# Pads images to multiples of 32, as the adapter needs them.
 model = dict(
-    backbone=dict(
-        _delete_=True,
-        type='VRWKVAdapter',
-        img_size=224,
-        patch_size=16,
-        embed_dims=192,
-        depth=12,
-        init_values=1.0,
-        drop_path_rate=0.1,
-        conv_inplane=64,
-        n_points=4,
-        deform_num_heads=6,
-        deform_ratio=1.0,
-        cffn_ratio=0.25,
-        interaction_indexes=[[0, 2], [3, 5], [6, 8], [9, 11]],
-        fuse='last',
-        init_cfg=dict(
-            type='Pretrained',
-            checkpoint='https://huggingface.co/OpenGVLab/Vision-RWKV/resolve/main/vrwkv_t_in1k_224.pth',
-            prefix='backbone.',
-        ),
-    ),
+    backbone=dict(_delete_=True, **_base_.pop('backbone'), fuse='last'),
     neck=dict(in_channels=[192, 192, 192, 192]),
 )

@@ -1,12 +1,3 @@
-_base_ = ['./upernet_vrwkv-adapter.py']
+_base_ = ['./upernet_vrwkv-adapter.py', './vit_adapter/tiny.py']
 
-# The baseline of Tiny's size, with global attention in every layer.
-model = dict(
-    backbone=dict(
-        type='ViTAdapter',
-        num_heads=3,
-        init_cfg=dict(
-            checkpoint='https://download.openmmlab.com/mmclassification/v0/deit/deit-tiny_pt-4xb256_in1k_20220218-13b382a0.pth'
-        ),
-    ),
-)
+model = dict(backbone=_base_.pop('backbone'))

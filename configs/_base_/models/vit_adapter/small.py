@@ -1,0 +1,10 @@
+_base_ = ['./tiny.py']
+
+backbone = dict(
+    embed_dims=384,
+    num_heads=6,
+    drop_path_rate=0.2,
+    init_cfg=dict(
+        checkpoint='https://download.openmmlab.com/mmclassification/v0/deit/deit-small_pt-4xb256_in1k_20220218-9425b9bb.pth'
+    ),
+)

@@ -1,0 +1,11 @@
+_base_ = ['./small.py']
+
+backbone = dict(
+    embed_dims=768,
+    drop_path_rate=0.3,
+    deform_num_heads=12,
+    deform_ratio=0.5,
+    init_cfg=dict(
+        checkpoint='https://huggingface.co/OpenGVLab/Vision-RWKV/resolve/main/vrwkv_b_in1k_224.pth'
+    ),
+)
