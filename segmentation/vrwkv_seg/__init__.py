@@ -3,30 +3,10 @@
 A config does so with ``custom_imports = dict(imports=['vrwkv_seg'], allow_failed_imports=False)``.
 """
 
-try:
+from vrwkv._imports import explain_missing
+
+# mmseg imports ftfy and regex without declaring them.
+with explain_missing('vrwkv_seg', extra='segmentation', brings=('mmseg', 'ftfy', 'regex')):
     import vrwkv.engine  # noqa: F401 (safe checkpoint loading, onedl)
 
     from . import datasets, hooks, models  # noqa: F401
-except ImportError as error:
-    _SEGMENTATION = "pip install -e '.[segmentation]'"
-    _MMCV = (
-        'pip uninstall -y mmcv-lite mmcv && pip install --no-build-isolation mmcv==2.1.0 '
-        '(mmcv-lite installs the same folder without the operators; see docs/install.md)'
-    )
-    _INSTALL = {
-        'vrwkv_ops': 'pip install ./vrwkv_ops',
-        'vrwkv': 'pip install -e .',
-        'mmseg': _SEGMENTATION,
-        'ftfy': _SEGMENTATION,  # these two mmseg imports without declaring them
-        'regex': _SEGMENTATION,
-        'mmcv': _MMCV,
-        'mmcv._ext': _MMCV,
-    }
-    # In the root of the checkout, the folder vrwkv_ops counts as an empty package of that name.
-    if error.name not in _INSTALL:
-        raise
-    raise ImportError(
-        f'vrwkv_seg needs the package {error.name!r}, which is not installed ({error}). '
-        f'In the root of the Vision-RWKV checkout: {_INSTALL[error.name]}',
-        name=error.name,
-    ) from error
