@@ -1,7 +1,7 @@
 """What all tests share: no GPU tests without a GPU, few threads, small data, running the tools."""
 
 import http.server
-import importlib.util
+import importlib
 import os
 import socket
 import subprocess
@@ -132,17 +132,22 @@ def load():
     return lambda path: torch.load(path, weights_only=True)
 
 
-@pytest.fixture(scope='session')
-def load_script(repository) -> Callable[[str], ModuleType]:
-    """Import a script by its path in the checkout."""
+@pytest.fixture
+def load_script(repository, monkeypatch) -> Callable[[str], ModuleType]:
+    """Import a script by its path in the checkout; it and its processes find those beside it."""
 
     def load(path: str) -> ModuleType:
-        spec = importlib.util.spec_from_file_location(Path(path).stem, repository / path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
+        monkeypatch.syspath_prepend((repository / path).parent)
+        return importlib.import_module(Path(path).stem)
 
     return load
+
+
+@pytest.fixture
+def training_environment(monkeypatch):
+    """Processes that tests start have one thread each, and no launcher started this one."""
+    monkeypatch.setenv('OMP_NUM_THREADS', '1')
+    monkeypatch.delenv('LOCAL_RANK', raising=False)
 
 
 @pytest.fixture

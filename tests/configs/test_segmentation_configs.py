@@ -1,6 +1,5 @@
 """The segmentation configs against the numbers of the paper and of upstream's recipes."""
 
-import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -34,14 +33,10 @@ def build(cfg, device='meta'):
         return MODELS.build(cfg.model)
 
 
-@pytest.fixture(scope='module')
-def paper():
+@pytest.fixture
+def paper(load_script):
     """The size arguments whose parameters and FLOPs are those of the paper's table 4."""
-    path = ROOT / 'tests/models/test_adapter_flops.py'
-    spec = importlib.util.spec_from_file_location('adapter_flops', path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script('tests/models/test_adapter_flops.py')
 
 
 def test_the_configs_are_those_of_the_paper():

@@ -1,6 +1,5 @@
 """The installer behind make: what it refuses, what it skips, and what it repairs."""
 
-import importlib.util
 import shutil
 import sys
 from pathlib import Path
@@ -10,12 +9,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope='module')
-def installer():
-    spec = importlib.util.spec_from_file_location('install', ROOT / 'requirements/install.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def installer(load_script):
+    return load_script('requirements/install.py')
 
 
 @pytest.fixture

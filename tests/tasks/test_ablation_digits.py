@@ -8,16 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
-from vrwkv.engine import cli
 from vrwkv_cls.datasets import write_digits
 
 
 @pytest.fixture
-def ladder(repository, monkeypatch):
-    monkeypatch.syspath_prepend(repository / 'demo')
-    import ablation_digits
-
-    return ablation_digits
+def ladder(load_script):
+    return load_script('demo/ablation_digits.py')
 
 
 @pytest.fixture(scope='module')
@@ -65,16 +61,8 @@ def test_rows(ladder):
     assert lines[4][-4:] == ('96.00 ± 0.00', '', '75.1', '')
 
 
-def test_ladder(ladder, data, tmp_path, monkeypatch, capsys):
+def test_ladder(ladder, data, tool_calls, tmp_path, capsys):
     """Train the five for an epoch of 64 images; then find nothing left to do."""
-    calls = []
-
-    def run_tool(name, *args):
-        # In this process: importing mmpretrain five times would take longer than the trainings.
-        calls.append(name)
-        getattr(cli, name.removesuffix('.py'))([str(arg) for arg in args])
-
-    monkeypatch.setattr('digits_demo.run_tool', run_tool)
 
     def options(root):
         changes = {
@@ -96,7 +84,7 @@ def test_ladder(ladder, data, tmp_path, monkeypatch, capsys):
         return re.findall(r'^\| (RWKV|Variant \d|VRWKV) .*', capsys.readouterr().out, re.MULTILINE)
 
     assert run() == list(ladder.VARIANTS)
-    assert calls == 5 * ['train.py']
+    assert tool_calls == 5 * ['train.py']
     weights = {}
     for name in ladder.VARIANTS:
         run_dir = tmp_path / f'{name.lower().replace(" ", "-")}-seed5'
@@ -113,13 +101,13 @@ def test_ladder(ladder, data, tmp_path, monkeypatch, capsys):
     assert results['environment']['torch'] == torch.__version__
     assert Image.open(tmp_path / 'ablation.png').width > 1000
 
-    calls.clear()
+    tool_calls.clear()
     run()
-    assert calls == []
+    assert tool_calls == []
 
     # As if killed after the last checkpoint and before the last validation.
     for log in (tmp_path / 'variant-2-seed5').glob('2*/vis_data/scalars.json'):
         log.unlink()
     run()
-    assert calls == ['test.py']
+    assert tool_calls == ['test.py']
     assert json.loads((tmp_path / 'ablation.json').read_text())['top1'] == results['top1']

@@ -13,22 +13,14 @@ from pycocotools.coco import COCO
 
 from vrwkv.engine import cli
 
-ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.usefixtures('training_environment')
+
 SCENES = dict(train=8, val=4, size=64)
 
 
-@pytest.fixture(autouse=True)
-def environment(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / 'demo')
-    monkeypatch.setenv('OMP_NUM_THREADS', '1')
-    monkeypatch.delenv('LOCAL_RANK', raising=False)
-
-
 @pytest.fixture
-def demo():
-    import digits_detection_demo
-
-    return digits_detection_demo
+def demo(load_script):
+    return load_script('demo/digits_detection_demo.py')
 
 
 @pytest.fixture
@@ -70,25 +62,15 @@ default_hooks = dict(logger=dict(interval=4))
     return write
 
 
-def test_demo(demo, write_config, tmp_path, monkeypatch, capfd):
-    calls = []
-
-    def run_tool(name, *args):  # in this process: importing mmdet twice more takes longer
-        calls.append(name)
-        getattr(cli, name.removesuffix('.py'))([str(arg) for arg in args])
-
-    monkeypatch.setattr('digits_demo.run_tool', run_tool)
+def test_demo(demo, write_config, run_demo, tool_calls, tmp_path):
     config, work_dir = write_config('demo', epochs=8), tmp_path / 'work'
 
     def run():
-        argv = ['digits_detection_demo.py', str(config), '--work-dir', str(work_dir)]
-        monkeypatch.setattr('sys.argv', argv)
-        calls.clear()
-        demo.main()
-        return capfd.readouterr().out.partition('Average precision on 4 held-out images')[2]
+        tool_calls.clear()
+        return run_demo(demo, config).partition('Average precision on 4 held-out images')[2]
 
     out = run()
-    assert calls == ['train.py', 'test.py']
+    assert tool_calls == ['train.py', 'test.py']
     logs = [json.loads(line) for line in next(work_dir.glob('*/vis_data/scalars.json')).open()]
     losses = [log['loss'] for log in logs if 'loss' in log]
     assert len(losses) == 8
@@ -103,7 +85,7 @@ def test_demo(demo, write_config, tmp_path, monkeypatch, capfd):
     with Image.open(work_dir / 'detections.png') as picture:
         assert picture.width == 1430
     assert run() == out
-    assert calls == []
+    assert tool_calls == []
 
 
 def test_comparison_with_the_truth(demo, data_root):
@@ -216,10 +198,8 @@ def test_heads_of_another_number_of_classes_are_refused(write_config, data_root,
         cli.train([str(config), '--work-dir', str(tmp_path / 'work')])
 
 
-def test_training_memory(write_config, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / 'tools/analysis_tools')
-    import training_memory
-
+def test_training_memory(write_config, load_script):
+    training_memory = load_script('tools/analysis_tools/training_memory.py')
     before = training_memory._memory('cpu', 'VmRSS')
     held = torch.ones(2**24)
     grown = training_memory._memory('cpu', 'VmRSS') - before

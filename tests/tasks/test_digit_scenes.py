@@ -9,11 +9,8 @@ SIZES = dict(train=4, val=3, size=64)
 
 
 @pytest.fixture
-def digit_scenes(repository, monkeypatch):
-    monkeypatch.syspath_prepend(repository / 'demo')
-    import digit_scenes
-
-    return digit_scenes
+def digit_scenes(load_script):
+    return load_script('demo/digit_scenes.py')
 
 
 def test_coco_holds_the_drawn_scenes(digit_scenes, tmp_path):

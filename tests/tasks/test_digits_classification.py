@@ -1,6 +1,5 @@
 """The digits: the folder that is written, and the demo from training to picture, made short."""
 
-import importlib.util
 import os
 import re
 from collections import Counter
@@ -87,12 +86,9 @@ def test_another_folder_of_that_name_is_left_alone(tmp_path):
         write_digits(tmp_path / 'digits')
 
 
-@pytest.fixture(scope='module')
-def demo():
-    spec = importlib.util.spec_from_file_location('digits_demo', ROOT / 'demo/digits_demo.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def demo(load_script):
+    return load_script('demo/digits_demo.py')
 
 
 def short_config(folder, data_root, epochs=2, embed_dims=32):
@@ -117,16 +113,10 @@ def trained_epochs(log):
     return {int(epoch) for epoch in re.findall(r'Epoch\(train\) +\[(\d+)\]', log)}
 
 
-def test_demo(demo, tmp_path, monkeypatch, capfd):
-    def run(config):
-        argv = ['digits_demo.py', str(config), '--work-dir', str(tmp_path / 'work')]
-        monkeypatch.setattr('sys.argv', argv)
-        demo.main()
-        return capfd.readouterr().out
-
+def test_demo(demo, run_demo, tmp_path):
     digits = tmp_path / 'digits'
     config = short_config(tmp_path, digits)
-    out = run(config)
+    out = run_demo(demo, config)
     assert trained_epochs(out) == {1, 2}
     accuracy = float(re.search(r'accuracy on unseen digits: ([\d.]+) %', out)[1])
     # Ten classes: chance is 10 %.
@@ -141,20 +131,20 @@ def test_demo(demo, tmp_path, monkeypatch, capfd):
     assert np.mean([p.right for p in predictions]) * 100 == pytest.approx(accuracy, abs=0.01)
     assert all(0.1 <= p.confidence <= 1 for p in predictions)
 
-    again = run(config)
+    again = run_demo(demo, config)
     assert trained_epochs(again) == set()
     assert f'{accuracy:.2f} %' in again
 
     # As if killed in the second epoch.
     (tmp_path / 'work/epoch_2.pth').unlink()
     (tmp_path / 'work/last_checkpoint').write_text(str(tmp_path / 'work/epoch_1.pth'))
-    resumed = run(config)
+    resumed = run_demo(demo, config)
     assert trained_epochs(resumed) == {2}
     # Random state comes from seed and epoch: it ends where the unbroken training did.
     assert f'{accuracy:.2f} %' in resumed
 
     with pytest.raises(SystemExit, match=r'another model.backbone than .* has now: remove'):
-        run(short_config(tmp_path, digits, embed_dims=16))
+        run_demo(demo, short_config(tmp_path, digits, embed_dims=16))
 
 
 @pytest.mark.parametrize(

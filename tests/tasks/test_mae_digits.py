@@ -1,6 +1,5 @@
 """The digits comparison of masked pre-training, made short, and the tool that measures its cost."""
 
-import importlib.util
 import re
 from collections import Counter
 from pathlib import Path
@@ -12,24 +11,20 @@ from mmpretrain.registry import MODELS
 from PIL import Image
 from torch import nn
 
-from vrwkv.engine import cli
 from vrwkv_cls.datasets import write_digits
 from vrwkv_cls.mae import MAEVRWKV
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def load_script(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def demo(load_script):
+    return load_script('demo/mae_digits.py')
 
 
 @pytest.fixture
-def demo(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / 'demo')
-    return load_script(ROOT / 'demo/mae_digits.py')
+def cost(load_script):
+    return load_script('tools/analysis_tools/mae_encoder_cost.py')
 
 
 @pytest.fixture(scope='module')
@@ -62,16 +57,8 @@ def test_table(demo):
     ]
 
 
-def test_demo(demo, digits, tmp_path, monkeypatch, capfd):
+def test_demo(demo, digits, tool_calls, tmp_path, capfd):
     """Train the six networks of two seeds for an epoch; then find nothing left to do."""
-    calls = []
-
-    def run_tool(name, *args):
-        # In this process: importing mmpretrain six times would take longer than the trainings.
-        calls.append(name)
-        getattr(cli, name.removesuffix('.py'))([str(arg) for arg in args])
-
-    monkeypatch.setattr('digits_demo.run_tool', run_tool)
 
     def options(name):
         pretrain = name == demo.PRETRAIN
@@ -93,7 +80,7 @@ def test_demo(demo, digits, tmp_path, monkeypatch, capfd):
         return re.findall(r'^\| \d .*', capfd.readouterr().out, re.MULTILINE)
 
     rows = run()
-    assert calls == 2 * ['train.py', 'train.py', 'test.py', 'train.py', 'test.py']
+    assert tool_calls == 2 * ['train.py', 'train.py', 'test.py', 'train.py', 'test.py']
     assert len(rows) == 2
     for seed in (0, 1):
         folder = tmp_path / f'seed{seed}'
@@ -115,17 +102,17 @@ def test_demo(demo, digits, tmp_path, monkeypatch, capfd):
     picture = tmp_path / 'reconstruction.png'
     assert Image.open(picture).size == (1344, 420)
 
-    calls.clear()
+    tool_calls.clear()
     written = picture.stat().st_mtime_ns
     assert run() == rows
-    assert calls == []
+    assert tool_calls == []
     assert picture.stat().st_mtime_ns == written
 
     # As if killed before the last training's end.
     last = tmp_path / 'seed1' / demo.FINETUNE
     (last / 'epoch_1.pth').unlink()
     assert run() == rows
-    assert calls == ['train.py', 'test.py']
+    assert tool_calls == ['train.py', 'test.py']
 
 
 def test_reconstruction_shows_the_kept_patches_unchanged(demo, digits, tmp_path):
@@ -146,8 +133,7 @@ def test_reconstruction_shows_the_kept_patches_unchanged(demo, digits, tmp_path)
     assert torch.equal(same, ~grey)
 
 
-def test_cost_counts_what_the_backward_pass_needs():
-    cost = load_script(ROOT / 'tools/analysis_tools/mae_encoder_cost.py')
+def test_cost_counts_what_the_backward_pass_needs(cost):
     # x and the output of exp; the weight of the linear layer is a parameter.
     layer = nn.Linear(3, 5)
     images = torch.randn(7, 3, requires_grad=True)
@@ -163,8 +149,7 @@ def test_cost_counts_what_the_backward_pass_needs():
     assert cost.saved_bytes(Exp(), images) == 4 * (7 * 3 + 7 * 5)
 
 
-def test_memory_is_proportional_to_what_is_kept():
-    cost = load_script(ROOT / 'tools/analysis_tools/mae_encoder_cost.py')
+def test_memory_is_proportional_to_what_is_kept(cost):
     images = torch.randn(2, 3, 64, 64)
     used = {}
     for ratio in (0, 0.5, 0.75):
@@ -175,8 +160,7 @@ def test_memory_is_proportional_to_what_is_kept():
     assert used[0.75] / used[0] == pytest.approx(0.25, abs=0.03)
 
 
-def test_cost_prints_a_table(monkeypatch, capsys):
-    cost = load_script(ROOT / 'tools/analysis_tools/mae_encoder_cost.py')
+def test_cost_prints_a_table(cost, monkeypatch, capsys):
     config = ROOT / 'configs/classification/mae/mae_vrwkv-nano_1xb64-30e_digits.py'
     args = ['cost', str(config), '--batch-size', '2', '--repeats', '1', '--device', 'cpu']
     monkeypatch.setattr('sys.argv', args)

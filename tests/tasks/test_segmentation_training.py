@@ -1,9 +1,7 @@
 """Segmentation from images to pictures: the demo made short, and every tool on its data."""
 
-import importlib.util
 import json
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,22 +11,14 @@ from PIL import Image
 
 from vrwkv.engine import cli
 
-ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.usefixtures('training_environment')
+
 SCENES = dict(train=8, val=3, size=64, seed=0)
 
 
-@pytest.fixture(autouse=True)
-def environment(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / 'demo')
-    monkeypatch.setenv('OMP_NUM_THREADS', '1')
-    monkeypatch.delenv('LOCAL_RANK', raising=False)
-
-
 @pytest.fixture
-def demo():
-    import digits_segmentation_demo
-
-    return digits_segmentation_demo
+def demo(load_script):
+    return load_script('demo/digits_segmentation_demo.py')
 
 
 @pytest.fixture
@@ -71,25 +61,11 @@ def trained_iterations(log):
     return {int(number) for number in re.findall(r'Iter\(train\) +\[ *(\d+)/', log)}
 
 
-def test_demo(demo, write_config, tmp_path, monkeypatch, capfd):
-    calls = []
-
-    def run_tool(name, *args):  # in this process: importing mmseg twice more takes longer
-        calls.append(name)
-        getattr(cli, name.removesuffix('.py'))([str(arg) for arg in args])
-
-    monkeypatch.setattr('digits_demo.run_tool', run_tool)
-
-    def run(config):
-        argv = ['digits_segmentation_demo.py', str(config), '--work-dir', str(tmp_path / 'work')]
-        monkeypatch.setattr('sys.argv', argv)
-        demo.main()
-        return capfd.readouterr().out
-
+def test_demo(demo, write_config, run_demo, tool_calls, tmp_path):
     scenes = SCENES | dict(train=40)
     config = write_config('demo', iters=30, scenes=scenes)
-    out = run(config)
-    assert calls == ['train.py', 'test.py']
+    out = run_demo(demo, config)
+    assert tool_calls == ['train.py', 'test.py']
     assert max(trained_iterations(out)) == 30
     truths = [np.asarray(Image.open(p)) for p in tmp_path.glob('scenes/annotations/validation/*')]
     assert len(truths) == 3
@@ -113,19 +89,19 @@ def test_demo(demo, write_config, tmp_path, monkeypatch, capfd):
     ]
     assert 100 * np.mean(ious) == pytest.approx(miou, abs=0.01)
 
-    again = run(config)
-    assert calls == ['train.py', 'test.py']
+    again = run_demo(demo, config)
+    assert tool_calls == ['train.py', 'test.py']
     assert f'{miou:.2f}' in again
 
     # As if killed on the way: it goes on, and tests and draws what is new.
     checkpoint.unlink()
     (tmp_path / 'work/last_checkpoint').write_text(str(tmp_path / 'work/iter_28.pth'))
-    resumed = run(config)
+    resumed = run_demo(demo, config)
     assert trained_iterations(resumed) == {30}
-    assert calls == ['train.py', 'test.py'] * 2
+    assert tool_calls == ['train.py', 'test.py'] * 2
 
     with pytest.raises(SystemExit, match=r'another model.decode_head than .* has now: remove'):
-        run(write_config('demo', 30, "model['decode_head']['channels'] = 24", scenes))
+        run_demo(demo, write_config('demo', 30, "model['decode_head']['channels'] = 24", scenes))
 
 
 def test_picture(demo, tmp_path):
@@ -246,14 +222,9 @@ def test_heads_of_other_classes_end_a_run(write_config, data_root, tmp_path):
         cli.train([str(write_config('wrong', 2, changes)), '--work-dir', str(tmp_path / 'work')])
 
 
-def test_whole_vs_slide(write_config, monkeypatch, capsys):
+def test_whole_vs_slide(write_config, load_script, monkeypatch, capsys):
     """The command's table; a peak holds at least the logits, 4 bytes for each class and pixel."""
-    path = ROOT / 'tools/analysis_tools/whole_vs_slide.py'
-    spec = importlib.util.spec_from_file_location('whole_vs_slide', path)
-    tool = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, 'whole_vs_slide', tool)
-    monkeypatch.syspath_prepend(path.parent)  # for the processes that it starts
-    spec.loader.exec_module(tool)
+    tool = load_script('tools/analysis_tools/whole_vs_slide.py')
     config = write_config('size')
     size = ['--size', '256', '512']
     monkeypatch.setattr('sys.argv', ['whole_vs_slide.py', str(config), *size, '--threads', '1'])

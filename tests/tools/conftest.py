@@ -37,13 +37,11 @@ del loader
 
 
 @pytest.fixture(autouse=True)
-def toy_on_path(monkeypatch):
+def toy_on_path(monkeypatch, training_environment):
     """Let configs import the module ``toy``, also in child processes."""
     folder = str(Path(__file__).parent)
     monkeypatch.syspath_prepend(folder)
     monkeypatch.setenv('PYTHONPATH', folder)
-    monkeypatch.setenv('OMP_NUM_THREADS', '1')
-    monkeypatch.delenv('LOCAL_RANK', raising=False)
 
 
 @pytest.fixture(autouse=True)

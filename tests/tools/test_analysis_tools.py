@@ -25,10 +25,9 @@ NANO = 'configs/classification/vrwkv-nano_1xb64_digits.py'
 
 
 @pytest.fixture
-def tool(repository, monkeypatch):
+def tool(load_script):
     """Import a tool by its name."""
-    monkeypatch.syspath_prepend(repository / 'tools/analysis_tools')
-    return __import__
+    return lambda name: load_script(f'tools/analysis_tools/{name}.py')
 
 
 @pytest.fixture

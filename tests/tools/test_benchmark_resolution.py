@@ -1,6 +1,5 @@
 """The benchmark of whole models: what it runs, what it says of what fails, and its files."""
 
-import importlib
 import json
 import subprocess
 from types import SimpleNamespace
@@ -16,9 +15,8 @@ PLAIN, FLASH = 'DeiT, plain attention', 'DeiT, flash attention'
 
 
 @pytest.fixture
-def tool(monkeypatch, repository):
-    monkeypatch.syspath_prepend(repository / 'tools' / 'analysis_tools')
-    return importlib.import_module('benchmark_resolution')
+def tool(load_script):
+    return load_script(f'tools/{TOOL}')
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """The check of a GPU machine, tried on the CPU."""
 
-import importlib
 import subprocess
 import sys
 
@@ -9,9 +8,8 @@ import torch
 
 
 @pytest.fixture
-def tool(monkeypatch, repository):
-    monkeypatch.syspath_prepend(repository / 'tools')
-    return importlib.import_module('gpu_check')
+def tool(load_script):
+    return load_script('tools/gpu_check.py')
 
 
 def test_without_a_gpu(run, tool, monkeypatch):
