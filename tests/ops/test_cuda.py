@@ -40,7 +40,14 @@ def check(results, truths, dtype):
 
 @pytest.mark.parametrize('dtype', DTYPES, ids=str)
 @pytest.mark.parametrize('causal', [False, True], ids=['bi', 'causal'])
-@pytest.mark.parametrize('shape', [(1, 1, 1), (3, 2, 7), (1, 33, 31), (5, 197, 33), (1, 999, 193)])
+@pytest.mark.parametrize(
+    'shape',
+    [
+        *((1, 1, 1), (3, 2, 7), (1, 33, 31), (5, 197, 33), (1, 999, 193)),
+        # Whole blocks of 32 channels in aligned rows, full tiles and one token more, a rest of 8.
+        *((2, 196, 192), (1, 256, 64), (2, 257, 96), (1, 300, 40)),
+    ],
+)
 def test_odd_sizes(dtype, causal, shape):
     """Sizes beside those of chunks, warps and vectors; B * C is no multiple of 32."""
     inputs = make_inputs(shape, dtype)

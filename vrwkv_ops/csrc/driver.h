@@ -1,5 +1,5 @@
 // What the operators do on any device, around a Backend that has
-//   static int64_t chunk_length(int64_t tokens);    // from the sizes alone, so that results depend on nothing else
+//   template <typename P> static Chunking chunking(int64_t tokens);    // not from the load, on which results must not depend
 //   template <typename P> static void run(const P&, bool causal);    // P is Forward or Backward
 #pragma once
 
@@ -22,22 +22,28 @@ scalar_t* data_or_null(const at::Tensor& x) {
   return x.numel() ? x.mutable_data_ptr<scalar_t>() : nullptr;
 }
 
+// The length of chunks, and up to which power of decay, less one, a table is wanted.
+struct Chunking {
+  int64_t length, decay_rows;
+};
+
 // A problem and the memory that its kernels share.
 template <typename P>
 struct Workspace {
   at::Tensor decay, states;
 
-  Workspace(P& p, int64_t chunk_length, int state_fields, const at::Tensor& w, const at::Tensor& u, const at::Tensor& k,
+  Workspace(P& p, Chunking chunking, int state_fields, const at::Tensor& w, const at::Tensor& u, const at::Tensor& k,
             const at::Tensor& v) {
     using scalar_t = typename P::scalar_type;
     using acc_t = typename P::acc_t;
     p.batch = k.size(0), p.tokens = k.size(1), p.channels = k.size(2);
-    p.chunk_length = chunk_length, p.chunks = ceil_div(p.tokens, chunk_length);
+    p.chunk_length = chunking.length, p.chunks = ceil_div(p.tokens, chunking.length);
+    p.decay_rows = chunking.decay_rows;
     // A term is below 16 times its value: mantissas of key, decay and chunk are below 2 each, and there are three sums.
     p.headroom = static_cast<acc_t>(std::ldexp(0.0625, -static_cast<int>(std::ceil(std::log2(p.tokens)))));
     p.w = w.const_data_ptr<acc_t>(), p.u = u.const_data_ptr<acc_t>();
     p.k = view<scalar_t>(k), p.v = view<scalar_t>(v);
-    decay = at::empty({kDecayColumns, chunk_length + 1, p.channels}, w.options());
+    decay = at::empty({kDecayColumns, p.decay_rows, p.channels}, w.options());
     p.decay = decay.mutable_data_ptr<acc_t>();
     if (p.chunks > 1) states = at::empty({2, state_fields, p.batch, p.chunks, p.channels}, w.options());
     p.states = p.chunks > 1 ? states.mutable_data_ptr<acc_t>() : nullptr;
@@ -55,7 +61,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& w, cons
   if (k.numel() == 0) return {y, y_residual, z};
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, k.scalar_type(), "bi_wkv_forward", [&] {
     Forward<scalar_t> p;
-    const Workspace workspace(p, Backend::chunk_length(k.size(1)), vrwkv::WkvState<float>::kFields, w, u, k, v);
+    const Workspace workspace(p, Backend::template chunking<decltype(p)>(k.size(1)), vrwkv::WkvState<float>::kFields, w, u, k,
+                              v);
     p.y = y.mutable_data_ptr<scalar_t>();
     p.y_residual = data_or_null<scalar_t>(y_residual);
     p.z = data_or_null<acc_type<scalar_t>>(z);
@@ -79,7 +86,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(const at::Te
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, k.scalar_type(), "bi_wkv_backward", [&] {
     using acc_t = acc_type<scalar_t>;
     Backward<scalar_t> p;
-    const Workspace workspace(p, Backend::chunk_length(k.size(1)), vrwkv::GradState<float>::kFields, w, u, k, v);
+    const Workspace workspace(p, Backend::template chunking<decltype(p)>(k.size(1)), vrwkv::GradState<float>::kFields, w, u, k,
+                              v);
     gw = at::empty({p.batch * p.chunks, p.channels}, w.options());
     gu = at::empty_like(gw);
     p.gy = view<scalar_t>(gy);

@@ -32,14 +32,14 @@ struct View {
 constexpr int kDecayColumns = 3;  // power, inverse, exponent
 
 // The sequence is cut into chunks of `chunk_length` tokens (the last one may be shorter). `decay` holds, for each column of a
-// row of decay powers and each n up to chunk_length, C values; `states`, for each direction, state field, image and chunk,
+// row of decay powers and each n below decay_rows, C values; `states`, for each direction, state field, image and chunk,
 // C values (null when there is a single chunk).
 template <typename scalar_t>
 struct Problem {
   using scalar_type = scalar_t;
   using acc_t = acc_type<scalar_t>;
   int64_t batch, tokens, channels;
-  int64_t chunk_length, chunks;
+  int64_t chunk_length, chunks, decay_rows;
   acc_t headroom;  // values are multiplied by this power of two, so that sums over all tokens stay finite
   const acc_t* w;
   const acc_t* u;

@@ -146,13 +146,15 @@ VRWKV_FN float log_scaled(float mantissa, float exponent) {
 VRWKV_FN double log_scaled(double mantissa, double exponent) { return multiply_add(exponent, kLn2, ::log(mantissa)); }
 
 // A mantissa back in [sqrt(1/2), sqrt(2)] that has left it by less than a factor of 2.
-VRWKV_FN Scaled<double> normalised(Scaled<double> x) {
-  const bool high = x.mantissa > 1.4142135623730951, low = x.mantissa < 0.70710678118654752;
-  return {x.mantissa * (high ? 0.5 : (low ? 2. : 1.)), x.exponent + (high ? 1. : (low ? -1. : 0.))};
+template <typename T>
+VRWKV_FN Scaled<T> normalised(Scaled<T> x) {
+  const bool high = x.mantissa > T(1.4142135623730951), low = x.mantissa < T(0.70710678118654752);
+  return {x.mantissa * (high ? T(0.5) : (low ? T(2) : T(1))), x.exponent + (high ? T(1) : (low ? T(-1) : T(0)))};
 }
 
-VRWKV_FN Scaled<double> product(Scaled<double> a, Scaled<double> b) {
-  return normalised({a.mantissa * b.mantissa, a.exponent + b.exponent});
+template <typename T>
+VRWKV_FN Scaled<T> product(Scaled<T> a, Scaled<T> b) {
+  return normalised<T>({a.mantissa * b.mantissa, a.exponent + b.exponent});
 }
 
 // A row of the table of e^(w n) for n = 0, 1, …: e^(w n) = power * 2^exponent and e^(-w n) = inverse * 2^-exponent.
@@ -209,14 +211,15 @@ struct WkvState {
 // the same sum without (d - o_t) is 0. Where w decays, near tokens weigh most: o_t = 0. Where w grows, the farthest does, all d
 // that matter are alike, and their sums would cancel: o_t is the distance to the farthest end of the sequence, far_t - 1, so
 // that d - o_t = (t - far_t) - i for i < t, a part of t (`origin`, in the states) and a part of i (`own`, in the gradients).
+template <typename N>
 struct Distances {
-  int64_t tokens;
+  N tokens;
   bool causal;
 
-  VRWKV_FN int64_t far(int64_t t) const { return causal || t > tokens - 1 - t ? t : tokens - 1 - t; }
+  VRWKV_FN N far(N t) const { return causal || t > tokens - 1 - t ? t : tokens - 1 - t; }
   // In direction 1 sums run over t > i, in direction 0 over t < i.
-  VRWKV_FN int64_t origin(int64_t t, int direction) const { return (direction == 1 ? t : tokens - 1 - t) - far(t); }
-  VRWKV_FN int64_t own(int64_t i, int direction) const { return direction == 1 ? -i : i - (tokens - 1); }
+  VRWKV_FN N origin(N t, int direction) const { return (direction == 1 ? t : tokens - 1 - t) - far(t); }
+  VRWKV_FN N own(N i, int direction) const { return direction == 1 ? -i : i - (tokens - 1); }
 };
 
 // Which of the two a channel does, as factors: steps count where w decays, origins where it grows.
@@ -264,67 +267,64 @@ struct GradState {
 };
 
 // What a number of tokens does to a state that passes them.
+template <typename T>
 struct Passage {
-  Scaled<double> decay = {1., 0.};  // e^(-w tokens)
-  double tokens = 0.;
+  Scaled<T> decay = {T(1), T(0)};  // e^(-w tokens)
+  T tokens = T(0);
 
-  static VRWKV_FN Passage of(double w, double n) {
-    return {exp_scaled_unclamped(-clamp(w, static_cast<double>(kMaxDecay)) * n), n};
-  }
+  static VRWKV_FN Passage of(T w, T n) { return {exp_scaled_unclamped(-clamp(w, static_cast<T>(kMaxDecay)) * n), n}; }
   VRWKV_FN void extend(const Passage& other) { decay = product(decay, other.decay), tokens += other.tokens; }
 };
 
-// The state of all chunks so far, in double and times frame: each chunk's frame is e^(-w length) away from the next, and a
-// mantissa of its own keeps the exponent integral, so that joining takes powers of two only.
-template <template <typename> class State>
+template <typename To, template <typename> class State, typename From>
+VRWKV_FN State<To> convert(State<From> from) {
+  State<To> to;
+  To values[State<To>::kFields];
+  from.for_each_field([&](From& x, int i) { values[i] = static_cast<To>(x); });
+  to.for_each_field([&](To& x, int i) { x = values[i]; });
+  return to;
+}
+
+// The state of all chunks so far, times frame: each chunk's frame is e^(-w length) away from the next, and a mantissa of its own
+// keeps the exponent integral, so that joining takes powers of two only. Over a whole sequence T is double.
+template <template <typename> class State, typename T>
 struct Carry {
-  State<double> state;
-  double frame = 1.;
+  State<T> state;
+  T frame = T(1);
 
   // The state that enters the next chunk.
-  template <typename T>
   VRWKV_FN State<T> enter() const {
-    State<double> plain = state;
-    plain.advance(frame, 0.);
-    return convert<T>(plain);
+    State<T> plain = state;
+    plain.advance(frame, T(0));
+    return plain;
   }
 
-  // Joins what a chunk held on its own; `steps` is 1 where steps count (Counting), else 0.
-  template <typename T>
-  VRWKV_FN void append(const State<T>& chunk, const Passage& passage, double steps) {
-    add(convert<double>(chunk), 1., passage.tokens * steps);
+  // Joins what a chunk held on its own, in the frame of its start; `steps` is 1 where steps count (Counting), else 0.
+  VRWKV_FN void append(const State<T>& chunk, const Passage<T>& passage, T steps) {
+    add(chunk, T(1), passage.tokens * steps);
     decay(passage.decay);
   }
 
   // Joins what all chunks of the tokens passed held.
-  VRWKV_FN void append(const Carry& chunks, const Passage& passage, double steps) {
+  VRWKV_FN void append(const Carry& chunks, const Passage<T>& passage, T steps) {
     decay(passage.decay);
     add(chunks.state, chunks.frame, passage.tokens * steps);
   }
 
  private:
-  VRWKV_FN void add(const State<double>& other, double other_frame, double length) {
-    const double top = larger(state.exponent, other.exponent);
+  VRWKV_FN void add(const State<T>& other, T other_frame, T length) {
+    const T top = larger(state.exponent, other.exponent);
     state.advance(power_of_two(state.exponent - top), length);
     state.add(other, power_of_two(other.exponent - top) * (other_frame / frame));
     state.exponent = top;
   }
 
-  VRWKV_FN void decay(Scaled<double> by) {
-    const Scaled<double> moved = product({frame, state.exponent}, by);
+  VRWKV_FN void decay(Scaled<T> by) {
+    const Scaled<T> moved = product({frame, state.exponent}, by);
     // A state that is still empty stays so.
-    const bool empty = !(state.exponent > kEmpty);
+    const bool empty = !(state.exponent > T(kEmpty));
     frame = empty ? frame : moved.mantissa;
     state.exponent = empty ? state.exponent : moved.exponent;
-  }
-
-  template <typename To, typename From>
-  static VRWKV_FN State<To> convert(State<From> from) {
-    State<To> to;
-    To values[State<To>::kFields];
-    from.for_each_field([&](From& x, int i) { values[i] = static_cast<To>(x); });
-    to.for_each_field([&](To& x, int i) { x = values[i]; });
-    return to;
   }
 };
 

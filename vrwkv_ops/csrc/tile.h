@@ -1,6 +1,6 @@
-// Bi-WKV over a block of kWidth channels and a chunk of at most kMaxChunk tokens. On the CPU these are plain loops over lanes,
-// which the compiler turns into vector code; on CUDA a thread is a block of one channel. The including file defines
-// VRWKV_TILE_WIDTH and VRWKV_TILE_TOKENS. No PyTorch header may come in here.
+// Bi-WKV over a block of kWidth channels and a chunk of at most kMaxChunk tokens, for any weights. On the CPU these are plain
+// loops over lanes, which the compiler turns into vector code; on CUDA a thread is a block of one channel. The including file
+// defines VRWKV_TILE_WIDTH and VRWKV_TILE_TOKENS. No PyTorch header may come in here.
 #pragma once
 
 #include "lanes.h"
@@ -81,7 +81,7 @@ struct Tile {
   VRWKV_FN Tile(const Problem<scalar_t>& p, int64_t batch_index, int64_t chunk_index, int64_t channel)
       : problem(p), b(batch_index), chunk(chunk_index), c(channel), first(chunk * p.chunk_length) {
     const int64_t lanes = p.channels - c, tokens = p.tokens - first;
-    count = static_cast<int>(lanes < kWidth ? lanes : kWidth);
+    count = kWidth == 1 ? 1 : static_cast<int>(lanes < kWidth ? lanes : kWidth);
     length = static_cast<int>(tokens < p.chunk_length ? tokens : p.chunk_length);
   }
 
@@ -105,7 +105,7 @@ struct Tile {
 
   // e^(w n)
   VRWKV_FN void read_decay(DecayLanes<T>& to, int n) const {
-    const int64_t column = (problem.chunk_length + 1) * problem.channels;
+    const int64_t column = problem.decay_rows * problem.channels;
     const T* row = problem.decay + n * problem.channels + c;
     load(to.power, row, 1, count);
     load(to.inverse, row + column, 1, count);
@@ -131,6 +131,13 @@ struct Tile {
       for (int j = 0; j < count; ++j) to[j] = from.field[f][j];
     }
   }
+
+  // What the chunk adds to the gradients of w and u.
+  VRWKV_FN void write_sums(const Backward<scalar_t>& p, const Lanes<T>& gw, const Lanes<T>& gu) const {
+    const int64_t partial = (b * problem.chunks + chunk) * problem.channels + c;
+    store(p.gw + partial, gw, count);
+    store(p.gu + partial, gu, count);
+  }
 };
 
 template <typename scalar_t>
@@ -142,9 +149,9 @@ VRWKV_FN void fill_decay(const Problem<scalar_t>& p, int64_t c) {
     const DecayPowers powers(j < tile.count ? static_cast<double>(p.w[c + j]) : 0.);
     ratio.set(j, powers.ratio), at.set(j, powers.at);
   }
-  const int64_t column = (p.chunk_length + 1) * p.channels;
+  const int64_t column = p.decay_rows * p.channels;
   Lanes<T> power, inverse, whole;
-  for (int64_t n = 0; n <= p.chunk_length; ++n) {
+  for (int64_t n = 0; n < p.decay_rows; ++n) {
     for (int j = 0; j < kWidth; ++j) {
       DecayPowers powers(ratio.get(j), at.get(j));
       const Decay<T> row = powers.row<T>();
@@ -166,8 +173,8 @@ constexpr int kSegments = 16;
 
 template <template <typename> class State>
 struct Segment {
-  Carry<State> carry;
-  Passage passage;
+  Carry<State, double> carry;
+  Passage<double> passage;
 };
 
 template <template <typename> class State, typename P>
@@ -178,7 +185,7 @@ struct Joiner {
   const P& p;
   int64_t b, c;
   int direction, segments, count;
-  Passage whole[kWidth], last[kWidth];  // those of a chunk, and of the last chunk, which may be shorter
+  Passage<double> whole[kWidth], last[kWidth];  // those of a chunk, and of the last chunk, which may be shorter
   double steps[kWidth];
 
   VRWKV_FN Joiner(const P& problem, int64_t batch_index, int64_t channel, int which, int number)
@@ -186,15 +193,15 @@ struct Joiner {
     const Tile<scalar_t> tile(p, b, p.chunks - 1, c);
     for (int j = 0; j < count; ++j) {
       const double w = static_cast<double>(p.w[c + j]);
-      whole[j] = Passage::of(w, static_cast<double>(p.chunk_length));
-      last[j] = Passage::of(w, static_cast<double>(tile.length));
+      whole[j] = Passage<double>::of(w, static_cast<double>(p.chunk_length));
+      last[j] = Passage<double>::of(w, static_cast<double>(tile.length));
       steps[j] = Counting<double>(w).steps;
     }
   }
 
   VRWKV_FN int64_t first(int segment) const { return p.chunks * segment / segments; }
   VRWKV_FN int64_t chunk(int64_t position) const { return direction == 0 ? position : p.chunks - 1 - position; }
-  VRWKV_FN Passage passage(int64_t position, int j) const {
+  VRWKV_FN Passage<double> passage(int64_t position, int j) const {
     const bool shorter = chunk(position) == p.chunks - 1;
     return {{shorter ? last[j].decay.mantissa : whole[j].decay.mantissa,
              shorter ? last[j].decay.exponent : whole[j].decay.exponent},
@@ -208,7 +215,7 @@ struct Joiner {
       Lanes own;
       Tile<scalar_t>(p, b, chunk(i), c).read_state(own, direction);
       for (int j = 0; j < count; ++j) {
-        to[j].carry.append(own.get(j), passage(i, j), steps[j]);
+        to[j].carry.append(convert<double>(own.get(j)), passage(i, j), steps[j]);
         to[j].passage.extend(passage(i, j));
       }
     }
@@ -216,7 +223,7 @@ struct Joiner {
 
   // `sums` are those of all segments, `stride` apart.
   VRWKV_FN void enter(int segment, const Segment<State>* sums, int stride) const {
-    Carry<State> carried[kWidth];
+    Carry<State, double> carried[kWidth];
     for (int s = 0; s < segment; ++s) {
       for (int j = 0; j < count; ++j) {
         const Segment<State>& sum = sums[s * stride + j];
@@ -228,8 +235,8 @@ struct Joiner {
       Lanes own, entering;
       tile.read_state(own, direction);
       for (int j = 0; j < count; ++j) {
-        entering.set(j, carried[j].template enter<T>());
-        carried[j].append(own.get(j), passage(i, j), steps[j]);
+        entering.set(j, convert<T>(carried[j].enter()));
+        carried[j].append(convert<double>(own.get(j)), passage(i, j), steps[j]);
       }
       tile.write_state(entering, direction);
     }
@@ -259,10 +266,9 @@ VRWKV_FN void absorb(WkvLanes<T>& state, const ScaledLanes<T>& key, const DecayL
   }
 }
 
-template <typename scalar_t, bool causal>
-VRWKV_FN void forward_states(const Forward<scalar_t>& p, int64_t b, int64_t chunk, int64_t c) {
+template <bool causal, typename scalar_t, typename TileOf>
+VRWKV_FN void forward_states(const Forward<scalar_t>& p, const TileOf& tile) {
   using T = acc_type<scalar_t>;
-  const Tile<scalar_t> tile(p, b, chunk, c);
   Lanes<T> k, v;
   ScaledLanes<T> key;
   DecayLanes<T> decay;
@@ -289,15 +295,14 @@ VRWKV_FN void forward_combine(const Forward<scalar_t>& p, int64_t b, int64_t c) 
   if constexpr (!causal) join_direction<WkvState>(p, b, c, 1);
 }
 
-template <typename scalar_t, bool causal>
-VRWKV_FN void forward_outputs(const Forward<scalar_t>& p, int64_t b, int64_t chunk, int64_t c) {
+template <bool causal, typename scalar_t, typename TileOf>
+VRWKV_FN void forward_outputs(const Forward<scalar_t>& p, const TileOf& tile) {
   using T = acc_type<scalar_t>;
-  const Tile<scalar_t> tile(p, b, chunk, c);
   const T lift = T(1) / p.headroom;
   Lanes<T> k, v, u;
   ScaledLanes<T> key, bonus;
   DecayLanes<T> decay, grow;
-  load(u, p.u + c, 1, tile.count);
+  load(u, p.u + tile.c, 1, tile.count);
   exp_lanes(bonus, u, T(1));
 
   // The state to the right of each token, written before it is read.
@@ -396,11 +401,10 @@ struct CountingLanes {
 };
 
 // A token gives to the outputs after it, whose sums come from the right, and, unless causal, to those before it.
-template <typename scalar_t, bool causal>
-VRWKV_FN void backward_states(const Backward<scalar_t>& p, int64_t b, int64_t chunk, int64_t c) {
+template <bool causal, typename scalar_t, typename TileOf>
+VRWKV_FN void backward_states(const Backward<scalar_t>& p, const TileOf& tile) {
   using T = acc_type<scalar_t>;
-  const Tile<scalar_t> tile(p, b, chunk, c);
-  const Distances distances{p.tokens, causal};
+  const Distances<int64_t> distances{p.tokens, causal};
   const CountingLanes<T> counting(tile);
   Saved<scalar_t> saved;
   DecayLanes<T> decay;
@@ -429,18 +433,17 @@ VRWKV_FN void backward_combine(const Backward<scalar_t>& p, int64_t b, int64_t c
   if constexpr (!causal) join_direction<GradState>(p, b, c, 0);
 }
 
-template <typename scalar_t, bool causal>
-VRWKV_FN void backward_outputs(const Backward<scalar_t>& p, int64_t b, int64_t chunk, int64_t c) {
+template <bool causal, typename scalar_t, typename TileOf>
+VRWKV_FN void backward_outputs(const Backward<scalar_t>& p, const TileOf& tile) {
   using T = acc_type<scalar_t>;
-  const Tile<scalar_t> tile(p, b, chunk, c);
   const T lift = T(1) / p.headroom;
-  const Distances distances{p.tokens, causal};
+  const Distances<int64_t> distances{p.tokens, causal};
   const CountingLanes<T> counting(tile);
   Saved<scalar_t> saved;
   Lanes<T> k, v, u, gw, gu;
   ScaledLanes<T> bonus;
   DecayLanes<T> decay, grow;
-  load(u, p.u + c, 1, tile.count);
+  load(u, p.u + tile.c, 1, tile.count);
   exp_lanes(bonus, u, T(1));
 
   // What the outputs after each token give to its gk and gv, written before it is read.
@@ -505,10 +508,8 @@ VRWKV_FN void backward_outputs(const Backward<scalar_t>& p, int64_t b, int64_t c
     store(p.gk + tile.offset(t), gk, tile.count);
     store(p.gv + tile.offset(t), gv, tile.count);
   }
-  const int64_t partial = (b * p.chunks + chunk) * p.channels + c;
   for (int j = 0; j < kWidth; ++j) gw.x[j] *= lift, gu.x[j] *= lift;
-  store(p.gw + partial, gw, tile.count);
-  store(p.gu + partial, gu, tile.count);
+  tile.write_sums(p, gw, gu);
 }
 
 }  // namespace vrwkv

@@ -51,7 +51,11 @@ void run_steps(const P& p, const Steps<P>& steps, void (*decay)(const Problem<ty
 }
 
 struct Cpu {
-  static int64_t chunk_length(int64_t tokens) { return tokens <= kMaxChunk ? tokens : kChunk; }
+  template <typename P>
+  static vrwkv_ops::Chunking chunking(int64_t tokens) {
+    const int64_t length = tokens <= kMaxChunk ? tokens : kChunk;
+    return {length, length + 1};
+  }
 
   template <typename scalar_t>
   static void run(const Forward<scalar_t>& p, bool causal) {

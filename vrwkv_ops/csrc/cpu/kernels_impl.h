@@ -94,20 +94,28 @@ void pointwise_range(const Pointwise<scalar_t>& p, int64_t begin, int64_t end) {
 }
 
 template <typename scalar_t, bool causal>
-constexpr vrwkv_cpu::Steps<Forward<scalar_t>> forward_steps() {
-  return {forward_states<scalar_t, causal>, forward_combine<scalar_t, causal>, forward_outputs<scalar_t, causal>};
-}
+struct OnTiles {
+  using Tile = vrwkv::Tile<scalar_t>;
 
-template <typename scalar_t, bool causal>
-constexpr vrwkv_cpu::Steps<Backward<scalar_t>> backward_steps() {
-  return {backward_states<scalar_t, causal>, backward_combine<scalar_t, causal>, backward_outputs<scalar_t, causal>};
-}
+  static constexpr vrwkv_cpu::Steps<Forward<scalar_t>> forward() {
+    using P = Forward<scalar_t>;
+    return {[](const P& p, int64_t b, int64_t i, int64_t c) { forward_states<causal>(p, Tile(p, b, i, c)); },
+            forward_combine<scalar_t, causal>,
+            [](const P& p, int64_t b, int64_t i, int64_t c) { forward_outputs<causal>(p, Tile(p, b, i, c)); }};
+  }
+  static constexpr vrwkv_cpu::Steps<Backward<scalar_t>> backward() {
+    using P = Backward<scalar_t>;
+    return {[](const P& p, int64_t b, int64_t i, int64_t c) { backward_states<causal>(p, Tile(p, b, i, c)); },
+            backward_combine<scalar_t, causal>,
+            [](const P& p, int64_t b, int64_t i, int64_t c) { backward_outputs<causal>(p, Tile(p, b, i, c)); }};
+  }
+};
 
 template <typename scalar_t>
 constexpr vrwkv_cpu::Kernels<scalar_t> make_kernels() {
   return {fill_decay<scalar_t>,
-          {forward_steps<scalar_t, false>(), forward_steps<scalar_t, true>()},
-          {backward_steps<scalar_t, false>(), backward_steps<scalar_t, true>()},
+          {OnTiles<scalar_t, false>::forward(), OnTiles<scalar_t, true>::forward()},
+          {OnTiles<scalar_t, false>::backward(), OnTiles<scalar_t, true>::backward()},
           {shift_forward_rows<scalar_t, 1>, shift_forward_rows<scalar_t, 2>, shift_forward_rows<scalar_t, 3>},
           {shift_backward_piece<scalar_t, 1>, shift_backward_piece<scalar_t, 2>, shift_backward_piece<scalar_t, 3>},
           {pointwise_range<scalar_t, SquaredRelu>, pointwise_range<scalar_t, SquaredReluBackward>,

@@ -24,6 +24,8 @@ __device__ inline int64_t item_stride() { return static_cast<int64_t>(gridDim.x)
 template <typename scalar_t>
 constexpr int kPackLanes = 16 / sizeof(scalar_t);
 
-inline bool is_aligned(const void* data, int bytes = 16) { return reinterpret_cast<uintptr_t>(data) % bytes == 0; }
+__host__ __device__ inline bool is_aligned(const void* data, int bytes = 16) {
+  return reinterpret_cast<uintptr_t>(data) % bytes == 0;
+}
 
 }  // namespace vrwkv_cuda
