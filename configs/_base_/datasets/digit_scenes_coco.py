@@ -21,14 +21,12 @@ test_pipeline = [
     ),
 ]
 
+images = dict(type=dataset_type, data_root=data_root, metainfo=metainfo)
+loader = dict(batch_size=8, num_workers=1, persistent_workers=True)
 train_dataloader = dict(
-    batch_size=8,
-    num_workers=1,
-    persistent_workers=True,
+    **loader,
     dataset=dict(
-        type=dataset_type,
-        data_root=data_root,
-        metainfo=metainfo,
+        **images,
         ann_file='annotations/train.json',
         data_prefix=dict(img='train/'),
         filter_cfg=dict(filter_empty_gt=True),
@@ -37,13 +35,9 @@ train_dataloader = dict(
     sampler=dict(type='DefaultSampler', shuffle=True),
 )
 val_dataloader = dict(
-    batch_size=8,
-    num_workers=1,
-    persistent_workers=True,
+    **loader,
     dataset=dict(
-        type=dataset_type,
-        data_root=data_root,
-        metainfo=metainfo,
+        **images,
         ann_file='annotations/val.json',
         data_prefix=dict(img='val/'),
         test_mode=True,
@@ -51,6 +45,7 @@ val_dataloader = dict(
     ),
     sampler=dict(type='DefaultSampler', shuffle=False),
 )
+del images, loader
 val_evaluator = dict(
     type='CocoMetric', ann_file=data_root + 'annotations/val.json', metric=['bbox', 'segm']
 )
