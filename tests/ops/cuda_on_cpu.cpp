@@ -35,7 +35,8 @@ struct Memory {
 };
 
 template <typename P, typename T>
-void load(const Block<P>& block, T* to, const View<T>& view) {
+void load(const Block<P>& block, T* to, const View<T>& view, T none) {
+  std::fill(to + block.tokens * kColumns, to + block.rows * kMaxChunk * kColumns, none);
   for (int t = 0; t < block.tokens; ++t)
     for (int j = 0; j < kColumns; ++j)
       if (block.has_column(j)) to[t * kColumns + j] = *view.row(block.b, block.first + t, block.c + j);
@@ -50,20 +51,21 @@ void store(const Block<P>& block, T* tensor, const T* from) {
 
 template <typename scalar_t>
 void load_inputs(const Block<Forward<scalar_t>>& block) {
-  load(block, block.input(vrwkv::kKeys, 0), block.p.k);
-  load(block, block.input(vrwkv::kValues, 0), block.p.v);
+  load(block, block.input(vrwkv::kKeys, 0), block.p.k, vrwkv::key_of_none<scalar_t>());
+  load(block, block.input(vrwkv::kValues, 0), block.p.v, scalar_t(0));
 }
 
 template <typename scalar_t>
 void load_inputs(const Block<Backward<scalar_t>>& block) {
   const auto& p = block.p;
   const int64_t image = p.tokens * p.channels;
-  load(block, block.input(vrwkv::kKeys, 0), p.k);
-  load(block, block.input(vrwkv::kValues, 0), p.v);
-  load(block, block.input(vrwkv::kGrads, 0), p.gy);
-  load(block, block.input(vrwkv::kOutputs, 0), View<scalar_t>{p.y, image, p.channels, 1});
-  if (p.y_residual) load(block, block.input(vrwkv::kResiduals, 0), View<scalar_t>{p.y_residual, image, p.channels, 1});
-  load(block, block.log(0), View<float>{p.z, image, p.channels, 1});
+  const auto contiguous = [&](const auto* data) { return View<std::decay_t<decltype(*data)>>{data, image, p.channels, 1}; };
+  load(block, block.input(vrwkv::kKeys, 0), p.k, vrwkv::key_of_none<scalar_t>());
+  load(block, block.input(vrwkv::kValues, 0), p.v, scalar_t(0));
+  load(block, block.input(vrwkv::kGrads, 0), p.gy, scalar_t(0));
+  load(block, block.input(vrwkv::kOutputs, 0), contiguous(p.y), scalar_t(0));
+  if (p.y_residual) load(block, block.input(vrwkv::kResiduals, 0), contiguous(p.y_residual), scalar_t(0));
+  load(block, block.log(0), contiguous(p.z), vrwkv::kLogOfNone);
 }
 
 template <typename scalar_t>

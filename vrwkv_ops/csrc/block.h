@@ -35,9 +35,12 @@ VRWKV_FN float exp_shifted(float x, float n) {
 #endif
 }
 
+// a / b for a normal b that is far from the largest float.
 VRWKV_FN float quotient(float a, float b) {
 #if defined(__CUDA_ARCH__)
-  return __fdividef(a, b);
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(b));
+  return a * inverse;
 #else
   return a / b;
 #endif
@@ -62,6 +65,14 @@ struct BlockOf;
 
 // Inputs that a block holds, in this order.
 enum BlockInput { kKeys, kValues, kGrads, kOutputs, kResiduals };
+
+// What stands for tokens past the last one of a sequence, in its last chunk: all else is 0. Their weights are 0, and what they do
+// to states goes nowhere.
+template <typename scalar_t>
+VRWKV_FN scalar_t key_of_none() {
+  return static_cast<scalar_t>(sizeof(scalar_t) == 2 && !std::is_same_v<scalar_t, c10::BFloat16> ? -65504.f : -3e38f);
+}
+constexpr float kLogOfNone = 3e38f;
 
 template <typename scalar_t>
 struct BlockOf<Forward<scalar_t>> {
@@ -239,20 +250,23 @@ struct FastChunk {
   VRWKV_FN float growth() const { return w < 0.f ? ::ceilf(reach()) : 0.f; }
   VRWKV_FN float bonus_bits() const { return u * kBits; }
 
-  // Calls body(t) for the chunk's tokens in the order of a direction.
+  // Calls body(t) for the tokens of a chunk in the order of a direction, for those past the last one, too.
   template <typename Body>
   VRWKV_FN void for_each_token(int direction, const Body& body) const {
     VRWKV_UNROLL
-    for (int i = 0; i < kMaxChunk; ++i) {
-      const int t = direction == 0 ? i : kMaxChunk - 1 - i;
-      if (t < length) body(t);
-    }
+    for (int i = 0; i < kMaxChunk; ++i) body(direction == 0 ? i : kMaxChunk - 1 - i);
   }
 
-  VRWKV_FN Extent keys() const {
+  template <typename Read>
+  VRWKV_FN Extent extent(const Read& read) const {
     Extent extent;
-    for_each_token(0, [&](int t) { extent.include(key(t)); });
+    for_each_token(0, [&](int t) {
+      if (t < length) extent.include(read(t));
+    });
     return extent;
+  }
+  VRWKV_FN Extent keys() const {
+    return extent([&](int t) { return key(t); });
   }
 };
 
@@ -283,15 +297,19 @@ struct ForwardPass {
     }
 
     VRWKV_FN void states() const {
-      for (int direction = 0; direction < kDirections; ++direction) {
-        WkvState<float> s;
-        if (this->length > 0) {
-          s.exponent = frame;
-          const float step = this->step();
-          this->for_each_token(direction, [&](int t) { absorb(s, exp_shifted(this->key(t), -frame), this->value(t), step); });
-        }
-        this->block.write_state(s, this->row, direction, this->column);
+      WkvState<float> left, right;
+      if (this->length > 0) {
+        const float step = this->step();
+        float weights[kMaxChunk], values[kMaxChunk];
+        left.exponent = right.exponent = frame;
+        this->for_each_token(0, [&](int t) {
+          weights[t] = exp_shifted(this->key(t), -frame), values[t] = this->value(t);
+          absorb(left, weights[t], values[t], step);
+        });
+        if constexpr (!causal) this->for_each_token(1, [&](int t) { absorb(right, weights[t], values[t], step); });
       }
+      this->block.write_state(left, this->row, 0, this->column);
+      if constexpr (!causal) this->block.write_state(right, this->row, 1, this->column);
     }
 
     VRWKV_FN bool outputs_fit() const { return true; }
@@ -327,7 +345,8 @@ struct ForwardPass {
         const float y = (denominator == self ? v : quotient(numerator, denominator)) * lift;
         this->write(kKeys, t, y);
         if (sizeof(scalar_t) == 2 && p.y_residual) this->write(kValues, t, y - this->read(kKeys, t));
-        if (p.z) p.z[this->block.offset(this->row * kMaxChunk + t) + this->column] = log_scaled(denominator, top);
+        if (p.z && t < this->length)
+          p.z[this->block.offset(this->row * kMaxChunk + t) + this->column] = log_scaled(denominator, top);
       });
     }
 
@@ -359,8 +378,7 @@ struct BackwardPass {
     float frame;  // over 2^frame no e^(-z) is above 1, be it grown
 
     VRWKV_FN Fast(const Block<P>& of, int which, int lane) : FastChunk<P>(of, which, lane) {
-      Extent shrinks;
-      this->for_each_token(0, [&](int t) { shrinks.include(shrink(t)); });
+      const Extent shrinks = this->extent([&](int t) { return shrink(t); });
       fits = this->length == 0 || (this->reach() <= kMaxSpread / 2 && ::fabsf(this->bonus_bits()) <= kMaxSpread / 2 &&
                                    ::fabsf(shrinks.top()) <= kMaxTop);
       frame = shrinks.top() + this->growth();
@@ -373,15 +391,19 @@ struct BackwardPass {
     }
 
     VRWKV_FN void states() const {
-      for (int direction = kFirstDirection; direction < 2; ++direction) {
-        GradState<float> s;
-        if (this->length > 0) {
-          s.exponent = frame;
-          const Walk walk(*this);
-          this->for_each_token(direction, [&](int t) { walk.absorb(s, t, direction, weighted(t, frame), y(t)); });
-        }
-        this->block.write_state(s, this->row, direction, this->column);
+      GradState<float> left, right;
+      if (this->length > 0) {
+        const Walk walk(*this);
+        float g[kMaxChunk], h[kMaxChunk];
+        left.exponent = right.exponent = frame;
+        this->for_each_token(1, [&](int t) {
+          g[t] = weighted(t, frame), h[t] = g[t] * y(t);
+          walk.absorb(right, t, 1, g[t], h[t]);
+        });
+        if constexpr (!causal) this->for_each_token(0, [&](int t) { walk.absorb(left, t, 0, g[t], h[t]); });
       }
+      this->block.write_state(right, this->row, 1, this->column);
+      if constexpr (!causal) this->block.write_state(left, this->row, 0, this->column);
     }
 
     // What vanishes of e^(-z) beside the largest then vanishes times any key and bonus, too: below 2^-30.
@@ -403,7 +425,8 @@ struct BackwardPass {
           this->for_each_token(1, [&](int t) {
             gk_after[t] = gv_after[t] = 0.f;
             walk.give(s, t, 1, exp_shifted(this->key(t), top), this->value(t), gk_after[t], gv_after[t], gw);
-            walk.absorb(s, t, 1, weighted(t, top), y(t));
+            const float g = weighted(t, top);
+            walk.absorb(s, t, 1, g, g * y(t));
           });
         }
         GradState<float> s;
@@ -416,7 +439,7 @@ struct BackwardPass {
           gw = multiply_add(walk.far(t), part, gw);
           if constexpr (!causal) {
             walk.give(s, t, 0, key, v, gk, gv, gw);
-            walk.absorb(s, t, 0, g, own_y);
+            walk.absorb(s, t, 0, g, g * own_y);
           }
           this->write(kKeys, t, gk * lift);
           this->write(kValues, t, gv);
@@ -457,8 +480,8 @@ struct BackwardPass {
 
       VRWKV_FN float far(int t) const { return counting.origins * (distances.far(first + t) - 1.f); }
 
-      VRWKV_FN void absorb(GradState<float>& s, int t, int direction, float g, float y) const {
-        const float h = g * y, origin = counting.origins * distances.origin(first + t, direction);
+      VRWKV_FN void absorb(GradState<float>& s, int t, int direction, float g, float h) const {
+        const float origin = counting.origins * distances.origin(first + t, direction);
         s.dg = multiply_add(multiply_add(counting.steps, s.g, s.dg), step, origin * g);
         s.dh = multiply_add(multiply_add(counting.steps, s.h, s.dh), step, origin * h);
         s.g = multiply_add(s.g, step, g);

@@ -60,9 +60,11 @@ __global__ void __launch_bounds__(kColumns) decay_kernel(const Problem<scalar_t>
   if (c < p.channels) vrwkv::fill_decay(p, c);
 }
 
-// Copies the block's part of a tensor to `to`, 16 bytes at a time where it allows that.
+// Copies the block's part of a tensor to `to`, 16 bytes at a time where it allows that, and `none` for tokens past the last.
 template <typename P, typename scalar_t>
-__device__ void load_tile(const Block<P>& block, scalar_t* to, const View<scalar_t>& view) {
+__device__ void load_tile(const Block<P>& block, scalar_t* to, const View<scalar_t>& view, scalar_t none) {
+  const int end = block.rows * kMaxChunk * kColumns;
+  for (int i = block.tokens * kColumns + threadIdx.x; i < end; i += blockDim.x) to[i] = none;
   constexpr int kPack = kPackLanes<scalar_t>, kPieces = kColumns / kPack;
   const scalar_t* from = view.row(block.b, block.first, block.c);
   if (view.channel_stride == 1 && view.token_stride % kPack == 0 && is_aligned(from) && block.has_column(kColumns - 1)) {
@@ -99,8 +101,8 @@ __device__ void store_tile(const Block<P>& block, scalar_t* tensor, const scalar
 
 template <typename scalar_t>
 __device__ void load_inputs(const Block<Forward<scalar_t>>& block, bool /*outputs*/) {
-  load_tile(block, block.input(vrwkv::kKeys, 0), block.p.k);
-  load_tile(block, block.input(vrwkv::kValues, 0), block.p.v);
+  load_tile(block, block.input(vrwkv::kKeys, 0), block.p.k, vrwkv::key_of_none<scalar_t>());
+  load_tile(block, block.input(vrwkv::kValues, 0), block.p.v, scalar_t(0));
 }
 
 // The states of the backward pass need no keys and values.
@@ -108,15 +110,16 @@ template <typename scalar_t>
 __device__ void load_inputs(const Block<Backward<scalar_t>>& block, bool outputs) {
   const auto& p = block.p;
   const int64_t image = p.tokens * p.channels;
+  const auto contiguous = [&](const auto* data) { return View<std::decay_t<decltype(*data)>>{data, image, p.channels, 1}; };
+  const scalar_t zero(0);
   if (outputs) {
-    load_tile(block, block.input(vrwkv::kKeys, 0), p.k);
-    load_tile(block, block.input(vrwkv::kValues, 0), p.v);
+    load_tile(block, block.input(vrwkv::kKeys, 0), p.k, vrwkv::key_of_none<scalar_t>());
+    load_tile(block, block.input(vrwkv::kValues, 0), p.v, zero);
   }
-  load_tile(block, block.input(vrwkv::kGrads, 0), p.gy);
-  load_tile(block, block.input(vrwkv::kOutputs, 0), View<scalar_t>{p.y, image, p.channels, 1});
-  if constexpr (sizeof(scalar_t) == 2)
-    load_tile(block, block.input(vrwkv::kResiduals, 0), View<scalar_t>{p.y_residual, image, p.channels, 1});
-  load_tile(block, block.log(0), View<float>{p.z, image, p.channels, 1});
+  load_tile(block, block.input(vrwkv::kGrads, 0), p.gy, zero);
+  load_tile(block, block.input(vrwkv::kOutputs, 0), contiguous(p.y), zero);
+  if constexpr (sizeof(scalar_t) == 2) load_tile(block, block.input(vrwkv::kResiduals, 0), contiguous(p.y_residual), zero);
+  load_tile(block, block.log(0), contiguous(p.z), vrwkv::kLogOfNone);
 }
 
 template <typename scalar_t>
@@ -165,7 +168,8 @@ __global__ void __launch_bounds__(kMaxRows* kColumns, Occupancy<typename Pass::P
   const int row = threadIdx.x / kColumns, column = threadIdx.x % kColumns;
   const int64_t blocks = p.batch * p.chunks * Tile::column_blocks(p.channels);
   for (int64_t index = blockIdx.x; index < blocks; index += gridDim.x) {
-    const Tile block(p, rows, memory, index);
+    // Outputs go backwards through the tiles: those whose states came last are still in the L2 cache.
+    const Tile block(p, rows, memory, outputs ? blocks - 1 - index : index);
     const bool active = block.has_column(column);
     const auto join = [&] {
       __syncthreads();
