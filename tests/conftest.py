@@ -94,29 +94,6 @@ def run(repository, tmp_path):
 
 
 @pytest.fixture
-def import_without():
-    """Import a module where a package is not installed; returns the last line of the error."""
-
-    def run(module, package):
-        code = f"""
-import sys
-
-class NotInstalled:
-    def find_spec(self, name, *_):
-        if name == {package!r}:
-            raise ModuleNotFoundError(f'No module named {{name!r}}', name=name)
-
-sys.meta_path.insert(0, NotInstalled())
-import {module}
-"""
-        process = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
-        assert process.returncode == 1
-        return process.stderr.strip().split('\n')[-1]
-
-    return run
-
-
-@pytest.fixture
 def free_port():
     """A port for processes that train together."""
     with socket.socket() as free:

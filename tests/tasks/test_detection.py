@@ -31,29 +31,6 @@ def build(model):
         return MODELS.build(model)
 
 
-# --- what is registered -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize('name', ['VRWKV', 'VRWKVAdapter', 'ViT', 'ViTAdapter'])
-def test_mmdet_has_the_very_classes(name):
-    assert MODELS.get(name) is getattr(vrwkv.backbones, name)
-
-
-@pytest.mark.parametrize(
-    ('package', 'command'),
-    [
-        ('vrwkv_ops', 'pip install ./vrwkv_ops'),
-        ('mmdet', "pip install -e '.[detection]'"),
-        ('mmcv._ext', 'pip uninstall -y mmcv-lite mmcv && pip install --no-build-isolation mmcv'),
-    ],
-)
-def test_a_missing_package_is_named_with_its_remedy(package, command, import_without):
-    """``mmcv._ext`` is what mmcv-lite lacks."""
-    message = import_without('vrwkv_det', package)
-    assert message.startswith(f'ImportError: vrwkv_det needs the package {package!r}')
-    assert command in message
-
-
 # --- the pyramid of a plain backbone ------------------------------------------------------------
 
 

@@ -145,16 +145,3 @@ def test_demo(demo, run_demo, tmp_path):
 
     with pytest.raises(SystemExit, match=r'another model.backbone than .* has now: remove'):
         run_demo(demo, short_config(tmp_path, digits, embed_dims=16))
-
-
-@pytest.mark.parametrize(
-    ('package', 'command'),
-    [
-        ('vrwkv_ops', 'pip install ./vrwkv_ops'),
-        ('mmpretrain', "pip install -e '.[classification]'"),
-    ],
-)
-def test_a_missing_package_is_named_with_its_remedy(package, command, import_without):
-    message = import_without('vrwkv_cls', package)
-    assert message.startswith(f'ImportError: vrwkv_cls needs the package {package!r}')
-    assert command in message

@@ -65,26 +65,6 @@ def randomise(model):
     return model
 
 
-@pytest.mark.parametrize('name', ['VRWKV', 'VRWKVAdapter', 'ViT', 'ViTAdapter'])
-def test_the_same_class_is_registered(name):
-    assert MODELS.get(name) is getattr(vrwkv.backbones, name)
-
-
-@pytest.mark.parametrize(
-    ('package', 'command'),
-    [
-        ('vrwkv_ops', 'pip install ./vrwkv_ops'),
-        ('mmseg', "pip install -e '.[segmentation]'"),
-        ('ftfy', "pip install -e '.[segmentation]'"),
-        ('mmcv._ext', 'pip uninstall'),  # what mmcv-lite lacks
-    ],
-)
-def test_a_missing_package_is_named_with_its_remedy(package, command, import_without):
-    message = import_without('vrwkv_seg', package)
-    assert message.startswith(f'ImportError: vrwkv_seg needs the package {package!r}')
-    assert command in message
-
-
 # --- weights ------------------------------------------------------------------------------------
 
 # Of mmseg 0.x's UPerHead and FCNHead, as upstream's checkpoints have them.
