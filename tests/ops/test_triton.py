@@ -45,11 +45,11 @@ JOIN = dict(BLOCK_T=64, BLOCK_N=128, BLOCK_C=4)
 FLAT = dict(ACC=tl.float32, BLOCK=pointwise._BLOCK)
 KERNELS = [
     (bi_wkv.wkv_own_states, BOTH),
-    (bi_wkv.wkv_join, JOIN),
+    (bi_wkv.join_tiles, dict(FIELDS=bi_wkv.WKV_FIELDS.value, FIRST_DIRECTION=0, **JOIN)),
     (bi_wkv.wkv_outputs, dict(SAVE=True, RESIDUAL=None, **BOTH)),
     (bi_wkv.wkv_outputs, dict(SAVE=False, RESIDUAL=False, **SHORT)),
     (bi_wkv.grad_own_states, dict(RESIDUAL=None, **BOTH)),
-    (bi_wkv.grad_join, dict(FIRST_DIRECTION=0, **JOIN)),
+    (bi_wkv.join_tiles, dict(FIELDS=bi_wkv.GRAD_FIELDS.value, FIRST_DIRECTION=1, **JOIN)),
     (bi_wkv.grad_outputs, dict(RESIDUAL=None, **BOTH)),
     (bi_wkv.grad_outputs, dict(RESIDUAL=None, **SHORT)),
     (shift.q_shift_kernel, shift._BLOCKS),
@@ -86,8 +86,7 @@ def compile_for_h100(kernel, dtype, constants):
 def test_compiles_for_a_gpu(kernel, constants, tmp_path, monkeypatch):
     """What the interpreter does not see: types, and what Triton's compiler cannot do."""
     monkeypatch.setenv('TRITON_CACHE_DIR', str(tmp_path))  # compile indeed
-    # Joining is in float64 for all.
-    joins = kernel in (bi_wkv.wkv_join, bi_wkv.grad_join)
+    joins = kernel is bi_wkv.join_tiles  # in float64 for all
     once = joins or constants is FLAT or constants.get('CAUSAL')
     for dtype in ('bf16',) if once else ('bf16', 'fp64'):
         ptx = compile_for_h100(kernel, dtype, constants)

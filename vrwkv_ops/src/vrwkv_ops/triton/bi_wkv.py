@@ -61,13 +61,20 @@ def choose_tiling(tokens: int, elements: int) -> Tiling:
 
 
 @triton.jit
-def locate(C, tiles, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Image, tile, rows (BLOCK_T, 1) of the tile and channels (1, BLOCK_C) of this program."""
+def locate(T, C, tiles, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
+    """What this program takes, all in 64 bits.
+
+    Returns:
+        Image and tile; the tile's rows r, their tokens t, both (BLOCK_T, 1), and channels c
+        (1, BLOCK_C); which of (t, c) there are.
+    """
     program = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(C, BLOCK_C)
-    c = (program % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    tile = program // blocks % tiles
     r = tl.arange(0, BLOCK_T)[:, None]
-    return program // blocks // tiles, program // blocks % tiles, r, c
+    t = tile * BLOCK_T + r
+    c = (program % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    return program // blocks // tiles, tile, r, t, c, (t < T) & (c < C)
 
 
 @triton.jit
@@ -77,11 +84,107 @@ def _read(ptr, b, t, c, stride_b, stride_t, stride_c, valid, ACC: tl.constexpr):
 
 
 @triton.jit
-def _decay(w, r, DIRECTION: tl.constexpr, BLOCK_T: tl.constexpr):
-    """Steps n from the tile's edge to its rows, and e^(w n) as mantissa and exponent."""
-    n = r if DIRECTION == 0 else BLOCK_T - 1 - r
+def _steps(r, DIRECTION: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Steps n from the tile's edge to its rows."""
+    return r if DIRECTION == 0 else BLOCK_T - 1 - r
+
+
+@triton.jit
+def _state(ptr, b, tile, direction, c, C, tiles, FIELDS: tl.constexpr):
+    """Where the first field of a state is, of (B, tiles, directions, FIELDS, C)."""
+    return ptr + ((b * tiles + tile) * 2 + direction) * FIELDS * C + c
+
+
+@triton.jit
+def store_sum(ptr, x, c, C):
+    """Stores the sum over all rows."""
+    tl.store(ptr, tl.sum(x, axis=0, keep_dims=True), mask=c < C)
+
+
+@triton.jit
+def _before(
+    w, entering_ptr, b, tile, r, t, c, T, C, tiles,
+    FIELDS: tl.constexpr, DIRECTION: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """Where the leaves of a scan come from.
+
+    Returns:
+        Steps n; e^(w n) as mantissa and exponent; the tokens before the rows, and which there are;
+        where the state that enters is, and in which row.
+    """
+    n = _steps(r, DIRECTION, BLOCK_T)
     mantissa, exponent = decay_power(w, n.to(w.dtype))
-    return n, mantissa, exponent
+    before = t - 1 if DIRECTION == 0 else t + 1
+    inside = (n > 0) & (before < T) & (c < C)
+    enters = tile > 0 if DIRECTION == 0 else tile < tiles - 1
+    at = _state(entering_ptr, b, tile, DIRECTION, c, C, tiles, FIELDS) + 0 * r
+    return n, mantissa, exponent, before, inside, at, (n == 0) & enters & (c < C)
+
+
+@triton.jit
+def _read_wide(ptr, valid):
+    return tl.load(ptr, mask=valid, other=0.0).to(tl.float64)
+
+
+@triton.jit
+def _hand_on(ptr, x, scale, stored, is_last):
+    """Stores a field of the states that enter the next tiles; returns that of the last one."""
+    tl.store(ptr, (x * scale).to(ptr.dtype.element_ty), mask=stored)
+    return tl.sum(tl.where(is_last, x, 0.0), axis=0, keep_dims=True)
+
+
+@triton.jit
+def join_tiles(
+    w_ptr, own_ptr, entering_ptr, C, tiles,
+    FIELDS: tl.constexpr, FIRST_DIRECTION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """The states that enter each tile from those that all tiles hold on their own.
+
+    A program takes one direction, one image and BLOCK_C channels, BLOCK_N tiles at a time. It works
+    in float64 and with exponents of base 2 that are no whole numbers. FIELDS says of which states:
+    the last field is the exponent, the others are sums.
+    """
+    GRAD: tl.constexpr = FIELDS == GRAD_FIELDS
+    direction = tl.program_id(1).to(tl.int64) + FIRST_DIRECTION
+    b, _, row, _, c, _ = locate(tiles, C, 1, BLOCK_N, BLOCK_C)
+    w = tl.load(w_ptr + c, mask=c < C, other=0.0).to(tl.float64)
+    x = tl.minimum(tl.maximum(w, -MAX_DECAY), MAX_DECAY) * (LOG2E * BLOCK_T)  # a tile's decay
+    length = tl.where(w < 0, 0.0, 1.0 * BLOCK_T).to(tl.float64)  # steps that a tile counts
+    zero = tl.zeros([1, BLOCK_C], tl.float64)
+    last0, last1, last2, last3, last_p = zero, zero, zero, zero, zero + EMPTY
+    for first in range(0, tiles, BLOCK_N):
+        j = first + row
+        valid = (j < tiles) & (c < C)
+        at = _state(
+            own_ptr, b, tl.where(direction == 0, j, tiles - 1 - j), direction, c, C, tiles, FIELDS
+        )
+        x0, x1 = _read_wide(at, valid), _read_wide(at + C, valid)
+        p = tl.load(at + (FIELDS - 1) * C, mask=valid, other=EMPTY).to(tl.float64) + x * row
+        if GRAD:
+            x2, x3 = _read_wide(at + 2 * C, valid), _read_wide(at + 3 * C, valid)
+            x0, x1, x2, x3, p, n = tl.associative_scan(
+                (x0, x1, x2, x3, p, length * (row + 1)), 0, join_grad
+            )
+            x0, x1, x2, x3, p, n = join_grad(
+                last0, last1, last2, last3, last_p, zero, x0, x1, x2, x3, p, n
+            )
+        else:
+            x0, x1, p = tl.associative_scan((x0, x1, p), 0, join_wkv)
+            x0, x1, p = join_wkv(last0, last1, last_p, x0, x1, p)
+        p -= x * (row + 1)
+        whole = tl.floor(p)
+        scale = power_of_two(p - whole)
+        next_tile = tl.where(direction == 0, j + 1, tiles - 2 - j)
+        at = _state(entering_ptr, b, next_tile, direction, c, C, tiles, FIELDS)
+        stored, is_last = valid & (j + 1 < tiles), row == BLOCK_N - 1
+        last0 = _hand_on(at, x0, scale, stored, is_last)
+        last1 = _hand_on(at + C, x1, scale, stored, is_last)
+        if GRAD:
+            last2 = _hand_on(at + 2 * C, x2, scale, stored, is_last)
+            last3 = _hand_on(at + 3 * C, x3, scale, stored, is_last)
+        tl.store(at + (FIELDS - 1) * C, whole.to(at.dtype.element_ty), mask=stored)
+        last_p = tl.sum(tl.where(is_last, p, 0.0), axis=0, keep_dims=True)
 
 
 # --- Forward ----------------------------------------------------------------------------------
@@ -97,119 +200,59 @@ def _wkv_leaves(k, v, mantissa, exponent, valid):
 
 @triton.jit
 def wkv_own_states(
-    w_ptr, k_ptr, v_ptr, own_ptr, T, C, tiles, plane, headroom,
-    k_b, k_t, k_c, v_b, v_t, v_c,
+    w_ptr, k_ptr, v_ptr, own_ptr, T, C, tiles, headroom, k_b, k_t, k_c, v_b, v_t, v_c,
     CAUSAL: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """What each tile holds on its own, (directions, WKV_FIELDS, B, tiles, C).
+    """What each tile holds on its own, (B, tiles, directions, WKV_FIELDS, C).
 
     In a tile's frame, where e^(-w BLOCK_T) takes it to the edge of the next one.
     """
     ACC: tl.constexpr = w_ptr.dtype.element_ty
-    b, tile, r, c = locate(C, tiles, BLOCK_T, BLOCK_C)
-    t = tile * BLOCK_T + r
-    valid = (t < T) & (c < C)
+    b, tile, r, t, c, valid = locate(T, C, tiles, BLOCK_T, BLOCK_C)
     w = tl.load(w_ptr + c, mask=c < C, other=0.0)
     k = _read(k_ptr, b, t, c, k_b, k_t, k_c, valid, ACC)
     v = _read(v_ptr, b, t, c, v_b, v_t, v_c, valid, ACC) * headroom
-    at = own_ptr + (b * tiles + tile) * C + c
     for direction in tl.static_range(1 if CAUSAL else 2):
-        # The row that the token gives to is one step further.
-        step = r + 1 if direction == 0 else BLOCK_T - r
+        step = _steps(r, direction, BLOCK_T) + 1  # to the row that the token gives to
         mantissa, exponent = decay_power(w, step.to(ACC))
         a, weight, exponent = _wkv_leaves(k, v, mantissa, exponent, valid)
         top = tl.max(exponent, axis=0, keep_dims=True)
         scale = power_of_two(exponent - top)
-        a = tl.sum(a * scale, axis=0, keep_dims=True)
-        weight = tl.sum(weight * scale, axis=0, keep_dims=True)
-        field = at + direction * WKV_FIELDS * plane
-        tl.store(field, a, mask=c < C)
-        tl.store(field + plane, weight, mask=c < C)
-        tl.store(field + 2 * plane, top, mask=c < C)
-
-
-@triton.jit
-def wkv_join(
-    w_ptr, own_ptr, entering_ptr, C, tiles, plane,
-    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """The states that enter each tile from those that all tiles hold on their own.
-
-    A program takes one direction, one image and BLOCK_C channels, BLOCK_N tiles at a time. It works
-    in float64 and with exponents of base 2 that are no whole numbers.
-    """
-    direction = tl.program_id(1).to(tl.int64)
-    b, _, row, c = locate(C, 1, BLOCK_N, BLOCK_C)
-    w = tl.load(w_ptr + c, mask=c < C, other=0.0).to(tl.float64)
-    x = tl.minimum(tl.maximum(w, -MAX_DECAY), MAX_DECAY) * (LOG2E * BLOCK_T)  # a tile's decay
-    zero = tl.zeros([1, BLOCK_C], tl.float64)
-    last_a, last_c, last_p = zero, zero, zero + EMPTY
-    for first in range(0, tiles, BLOCK_N):
-        j = first + row
-        valid = (j < tiles) & (c < C)
-        tile = tl.where(direction == 0, j, tiles - 1 - j)
-        at = own_ptr + direction * WKV_FIELDS * plane + (b * tiles + tile) * C + c
-        own_a = tl.load(at, mask=valid, other=0.0).to(tl.float64)
-        own_c = tl.load(at + plane, mask=valid, other=0.0).to(tl.float64)
-        own_p = tl.load(at + 2 * plane, mask=valid, other=EMPTY).to(tl.float64)
-        scan_a, scan_c, scan_p = tl.associative_scan((own_a, own_c, own_p + x * row), 0, join_wkv)
-        scan_a, scan_c, scan_p = join_wkv(last_a, last_c, last_p, scan_a, scan_c, scan_p)
-        p = scan_p - x * (row + 1)
-        whole = tl.floor(p)
-        scale = power_of_two(p - whole)
-        next_tile = tl.where(direction == 0, j + 1, tiles - 2 - j)
-        at = entering_ptr + direction * WKV_FIELDS * plane + (b * tiles + next_tile) * C + c
-        stored = valid & (j + 1 < tiles)
-        tl.store(at, (scan_a * scale).to(entering_ptr.dtype.element_ty), mask=stored)
-        tl.store(at + plane, (scan_c * scale).to(entering_ptr.dtype.element_ty), mask=stored)
-        tl.store(at + 2 * plane, whole.to(entering_ptr.dtype.element_ty), mask=stored)
-        is_last = row == BLOCK_N - 1
-        last_a = tl.sum(tl.where(is_last, scan_a, 0.0), axis=0, keep_dims=True)
-        last_c = tl.sum(tl.where(is_last, scan_c, 0.0), axis=0, keep_dims=True)
-        last_p = tl.sum(tl.where(is_last, p, 0.0), axis=0, keep_dims=True)
+        at = _state(own_ptr, b, tile, direction, c, C, tiles, WKV_FIELDS)
+        store_sum(at, a * scale, c, C)
+        store_sum(at + C, weight * scale, c, C)
+        tl.store(at + 2 * C, top, mask=c < C)
 
 
 @triton.jit
 def _wkv_neighbours(
-    w, k_ptr, v_ptr, entering_ptr, b, tile, r, c, T, C, tiles, plane, headroom,
+    w, k_ptr, v_ptr, entering_ptr, b, tile, r, t, c, T, C, tiles, headroom,
     k_b, k_t, k_c, v_b, v_t, v_c, DIRECTION: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Sums over all tokens before (after, in direction 1) each row, each as (a, c) * 2^exponent."""
-    n, mantissa, exponent = _decay(w, r, DIRECTION, BLOCK_T)
-    if DIRECTION == 0:
-        t = tile * BLOCK_T + r - 1
-        enters = tile > 0
-    else:
-        t = tile * BLOCK_T + r + 1
-        enters = tile < tiles - 1
-    valid = (n > 0) & (t < T) & (c < C)
-    k = _read(k_ptr, b, t, c, k_b, k_t, k_c, valid, w.dtype)
-    v = _read(v_ptr, b, t, c, v_b, v_t, v_c, valid, w.dtype) * headroom
-    a, weight, leaf_exponent = _wkv_leaves(k, v, mantissa, exponent, valid)
-    edge = (n == 0) & enters & (c < C)
-    at = entering_ptr + DIRECTION * WKV_FIELDS * plane + (b * tiles + tile) * C + c + 0 * r
-    a += tl.load(at, mask=edge, other=0.0)
-    weight += tl.load(at + plane, mask=edge, other=0.0)
-    entering_exponent = tl.load(at + 2 * plane, mask=edge, other=EMPTY)
-    leaf_exponent = tl.maximum(leaf_exponent, entering_exponent)
-    a, weight, top = tl.associative_scan(
-        (a, weight, leaf_exponent), 0, join_wkv, reverse=DIRECTION == 1
+    _, mantissa, exponent, before, inside, at, edge = _before(
+        w, entering_ptr, b, tile, r, t, c, T, C, tiles, WKV_FIELDS, DIRECTION, BLOCK_T
     )
+    k = _read(k_ptr, b, before, c, k_b, k_t, k_c, inside, w.dtype)
+    v = _read(v_ptr, b, before, c, v_b, v_t, v_c, inside, w.dtype) * headroom
+    a, weight, top = _wkv_leaves(k, v, mantissa, exponent, inside)
+    a += tl.load(at, mask=edge, other=0.0)
+    weight += tl.load(at + C, mask=edge, other=0.0)
+    top = tl.maximum(top, tl.load(at + 2 * C, mask=edge, other=EMPTY))
+    a, weight, top = tl.associative_scan((a, weight, top), 0, join_wkv, reverse=DIRECTION == 1)
     return a / mantissa, weight / mantissa, top - exponent
 
 
 @triton.jit
 def wkv_outputs(
     w_ptr, u_ptr, k_ptr, v_ptr, entering_ptr, y_ptr, residual_ptr, z_ptr,
-    T, C, tiles, plane, headroom, k_b, k_t, k_c, v_b, v_t, v_c,
+    T, C, tiles, headroom, k_b, k_t, k_c, v_b, v_t, v_c,
     CAUSAL: tl.constexpr, SAVE: tl.constexpr, RESIDUAL: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Gives (B, T, C): y, if SAVE z = log(denominator), if RESIDUAL what rounding y took away."""
     ACC: tl.constexpr = w_ptr.dtype.element_ty
-    b, tile, r, c = locate(C, tiles, BLOCK_T, BLOCK_C)
-    t = tile * BLOCK_T + r
-    valid = (t < T) & (c < C)
+    b, tile, r, t, c, valid = locate(T, C, tiles, BLOCK_T, BLOCK_C)
     w = tl.load(w_ptr + c, mask=c < C, other=0.0)
     u = tl.load(u_ptr + c, mask=c < C, other=0.0)
     k = _read(k_ptr, b, t, c, k_b, k_t, k_c, valid, ACC)
@@ -221,7 +264,7 @@ def wkv_outputs(
     numerator, denominator = own * (v * headroom), own
     for direction in tl.static_range(1 if CAUSAL else 2):
         other = _wkv_neighbours(
-            w, k_ptr, v_ptr, entering_ptr, b, tile, r, c, T, C, tiles, plane, headroom,
+            w, k_ptr, v_ptr, entering_ptr, b, tile, r, t, c, T, C, tiles, headroom,
             k_b, k_t, k_c, v_b, v_t, v_c, direction, BLOCK_T,
         )  # fmt: skip
         own *= power_of_two(exponent - tl.maximum(exponent, other[2]))
@@ -284,24 +327,21 @@ def _grad_leaves(
 
 @triton.jit
 def grad_own_states(
-    w_ptr, gy_ptr, y_ptr, residual_ptr, z_ptr, own_ptr, T, C, tiles, plane, headroom, g_b, g_t, g_c,
+    w_ptr, gy_ptr, y_ptr, residual_ptr, z_ptr, own_ptr, T, C, tiles, headroom, g_b, g_t, g_c,
     CAUSAL: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """As :func:`wkv_own_states`, of g and h: (directions, GRAD_FIELDS, B, tiles, C).
+    """As :func:`wkv_own_states`, of g and h: (B, tiles, directions, GRAD_FIELDS, C).
 
     Unless causal; then there is direction 1 alone, since tokens give to later outputs only.
     """
     ACC: tl.constexpr = w_ptr.dtype.element_ty
-    b, tile, r, c = locate(C, tiles, BLOCK_T, BLOCK_C)
-    t = tile * BLOCK_T + r
-    valid = (t < T) & (c < C)
+    b, tile, r, t, c, valid = locate(T, C, tiles, BLOCK_T, BLOCK_C)
     w = tl.load(w_ptr + c, mask=c < C, other=0.0)
     gy, y, z = _read_saved(
         gy_ptr, y_ptr, residual_ptr, z_ptr, b, t, c, T, C, headroom, g_b, g_t, g_c, valid, RESIDUAL
     )
-    at = own_ptr + (b * tiles + tile) * C + c
     for direction in tl.static_range(1 if CAUSAL else 0, 2):
-        step = r + 1 if direction == 0 else BLOCK_T - r
+        step = _steps(r, direction, BLOCK_T) + 1
         mantissa, exponent = decay_power(w, step.to(ACC))
         g, h, dg, dh, exponent = _grad_leaves(
             w, gy, y, z, t, T, mantissa, exponent, valid, CAUSAL, direction
@@ -309,78 +349,24 @@ def grad_own_states(
         steps = tl.where(w < 0, 0.0, (BLOCK_T - step).to(ACC))
         top = tl.max(exponent, axis=0, keep_dims=True)
         scale = power_of_two(exponent - top)
-        field = at + direction * GRAD_FIELDS * plane
-        dg, dh = (dg + steps * g) * scale, (dh + steps * h) * scale
-        tl.store(field, tl.sum(g * scale, axis=0, keep_dims=True), mask=c < C)
-        tl.store(field + plane, tl.sum(h * scale, axis=0, keep_dims=True), mask=c < C)
-        tl.store(field + 2 * plane, tl.sum(dg, axis=0, keep_dims=True), mask=c < C)
-        tl.store(field + 3 * plane, tl.sum(dh, axis=0, keep_dims=True), mask=c < C)
-        tl.store(field + 4 * plane, top, mask=c < C)
-
-
-@triton.jit
-def grad_join(
-    w_ptr, own_ptr, entering_ptr, C, tiles, plane, FIRST_DIRECTION: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """As :func:`wkv_join`, of g and h."""
-    OUT: tl.constexpr = entering_ptr.dtype.element_ty
-    direction = tl.program_id(1).to(tl.int64) + FIRST_DIRECTION
-    b, _, row, c = locate(C, 1, BLOCK_N, BLOCK_C)
-    w = tl.load(w_ptr + c, mask=c < C, other=0.0).to(tl.float64)
-    x = tl.minimum(tl.maximum(w, -MAX_DECAY), MAX_DECAY) * (LOG2E * BLOCK_T)
-    length = tl.where(w < 0, 0.0, 1.0 * BLOCK_T).to(tl.float64)  # steps that a tile counts
-    zero = tl.zeros([1, BLOCK_C], tl.float64)
-    last_g, last_h, last_dg, last_dh, last_p = zero, zero, zero, zero, zero + EMPTY
-    for first in range(0, tiles, BLOCK_N):
-        j = first + row
-        valid = (j < tiles) & (c < C)
-        tile = tl.where(direction == 0, j, tiles - 1 - j)
-        at = own_ptr + direction * GRAD_FIELDS * plane + (b * tiles + tile) * C + c
-        own_g = tl.load(at, mask=valid, other=0.0).to(tl.float64)
-        own_h = tl.load(at + plane, mask=valid, other=0.0).to(tl.float64)
-        own_dg = tl.load(at + 2 * plane, mask=valid, other=0.0).to(tl.float64)
-        own_dh = tl.load(at + 3 * plane, mask=valid, other=0.0).to(tl.float64)
-        own_p = tl.load(at + 4 * plane, mask=valid, other=EMPTY).to(tl.float64) + x * row
-        n = length * (row + 1)
-        scan_g, scan_h, scan_dg, scan_dh, scan_p, scan_n = tl.associative_scan(
-            (own_g, own_h, own_dg, own_dh, own_p, n), 0, join_grad
-        )
-        scan_g, scan_h, scan_dg, scan_dh, scan_p, scan_n = join_grad(
-            last_g, last_h, last_dg, last_dh, last_p, zero,
-            scan_g, scan_h, scan_dg, scan_dh, scan_p, scan_n,
-        )  # fmt: skip
-        p = scan_p - x * (row + 1)
-        whole = tl.floor(p)
-        scale = power_of_two(p - whole)
-        next_tile = tl.where(direction == 0, j + 1, tiles - 2 - j)
-        at = entering_ptr + direction * GRAD_FIELDS * plane + (b * tiles + next_tile) * C + c
-        stored = valid & (j + 1 < tiles)
-        tl.store(at, (scan_g * scale).to(OUT), mask=stored)
-        tl.store(at + plane, (scan_h * scale).to(OUT), mask=stored)
-        tl.store(at + 2 * plane, (scan_dg * scale).to(OUT), mask=stored)
-        tl.store(at + 3 * plane, (scan_dh * scale).to(OUT), mask=stored)
-        tl.store(at + 4 * plane, whole.to(OUT), mask=stored)
-        is_last = row == BLOCK_N - 1
-        last_g = tl.sum(tl.where(is_last, scan_g, 0.0), axis=0, keep_dims=True)
-        last_h = tl.sum(tl.where(is_last, scan_h, 0.0), axis=0, keep_dims=True)
-        last_dg = tl.sum(tl.where(is_last, scan_dg, 0.0), axis=0, keep_dims=True)
-        last_dh = tl.sum(tl.where(is_last, scan_dh, 0.0), axis=0, keep_dims=True)
-        last_p = tl.sum(tl.where(is_last, p, 0.0), axis=0, keep_dims=True)
+        at = _state(own_ptr, b, tile, direction, c, C, tiles, GRAD_FIELDS)
+        store_sum(at, g * scale, c, C)
+        store_sum(at + C, h * scale, c, C)
+        store_sum(at + 2 * C, (dg + steps * g) * scale, c, C)
+        store_sum(at + 3 * C, (dh + steps * h) * scale, c, C)
+        tl.store(at + 4 * C, top, mask=c < C)
 
 
 @triton.jit
 def grad_outputs(
     w_ptr, u_ptr, k_ptr, v_ptr, gy_ptr, y_ptr, residual_ptr, z_ptr, entering_ptr,
-    gk_ptr, gv_ptr, gw_ptr, gu_ptr, T, C, tiles, plane, headroom,
+    gk_ptr, gv_ptr, gw_ptr, gu_ptr, T, C, tiles, headroom,
     k_b, k_t, k_c, v_b, v_t, v_c, g_b, g_t, g_c,
     CAUSAL: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Gives gk and gv, (B, T, C), and what this tile gives to gw and gu, (B, tiles, C)."""
     ACC: tl.constexpr = w_ptr.dtype.element_ty
-    b, tile, r, c = locate(C, tiles, BLOCK_T, BLOCK_C)
-    t = tile * BLOCK_T + r
-    valid = (t < T) & (c < C)
+    b, tile, r, t, c, valid = locate(T, C, tiles, BLOCK_T, BLOCK_C)
     w = tl.load(w_ptr + c, mask=c < C, other=0.0)
     u = tl.load(u_ptr + c, mask=c < C, other=0.0)
     k = _read(k_ptr, b, t, c, k_b, k_t, k_c, valid, ACC)
@@ -401,27 +387,24 @@ def grad_outputs(
 
     # What the outputs before it (sums from the left) and those after it give to it.
     for direction in tl.static_range(1 if CAUSAL else 0, 2):
-        n, mantissa, exponent = _decay(w, r, direction, BLOCK_T)
-        from_t = t - 1 if direction == 0 else t + 1
-        inside = (n > 0) & (from_t < T) & (c < C)
+        n, mantissa, exponent, before, inside, entering, edge = _before(
+            w, entering_ptr, b, tile, r, t, c, T, C, tiles, GRAD_FIELDS, direction, BLOCK_T
+        )
         from_gy, from_y, from_z = _read_saved(
-            gy_ptr, y_ptr, residual_ptr, z_ptr, b, from_t, c, T, C, headroom, g_b, g_t, g_c, inside,
+            gy_ptr, y_ptr, residual_ptr, z_ptr, b, before, c, T, C, headroom, g_b, g_t, g_c, inside,
             RESIDUAL,
         )  # fmt: skip
-        g, h, dg, dh, leaf_exponent = _grad_leaves(
-            w, from_gy, from_y, from_z, from_t, T, mantissa, exponent, inside, CAUSAL, direction
+        g, h, dg, dh, top = _grad_leaves(
+            w, from_gy, from_y, from_z, before, T, mantissa, exponent, inside, CAUSAL, direction
         )
-        edge = (n == 0) & (tile > 0 if direction == 0 else tile < tiles - 1) & (c < C)
-        at = entering_ptr + direction * GRAD_FIELDS * plane + (b * tiles + tile) * C + c + 0 * r
-        g += tl.load(at, mask=edge, other=0.0)
-        h += tl.load(at + plane, mask=edge, other=0.0)
-        dg += tl.load(at + 2 * plane, mask=edge, other=0.0)
-        dh += tl.load(at + 3 * plane, mask=edge, other=0.0)
-        entering_exponent = tl.load(at + 4 * plane, mask=edge, other=EMPTY)
-        leaf_exponent = tl.maximum(leaf_exponent, entering_exponent)
+        g += tl.load(entering, mask=edge, other=0.0)
+        h += tl.load(entering + C, mask=edge, other=0.0)
+        dg += tl.load(entering + 2 * C, mask=edge, other=0.0)
+        dh += tl.load(entering + 3 * C, mask=edge, other=0.0)
+        top = tl.maximum(top, tl.load(entering + 4 * C, mask=edge, other=EMPTY))
         steps = tl.where(w < 0, 0.0, n.to(ACC))
         g, h, dg, dh, top, _ = tl.associative_scan(
-            (g, h, dg, dh, leaf_exponent, steps), 0, join_grad, reverse=direction == 1
+            (g, h, dg, dh, top, steps), 0, join_grad, reverse=direction == 1
         )
         # e^(k_i - z_t - w d) <= 1
         e = power_of_two(top - exponent + key_exponent) * key / mantissa
@@ -481,23 +464,25 @@ class _Launch:
         self.batch, tokens, self.channels = k.shape
         self.tiling = tiling
         self.tiles = triton.cdiv(tokens, tiling.tokens)
-        self.plane = self.batch * self.tiles * self.channels
         # A term is below 16 times its value, see csrc/driver.h. A power of two rounds nothing.
         self.headroom = 2.0 ** (-4 - (tokens - 1).bit_length())
-        self.sizes = (tokens, self.channels, self.tiles, self.plane, self.headroom)
+        self.sizes = (tokens, self.channels, self.tiles, self.headroom)
         self.blocks = dict(BLOCK_T=tiling.tokens, BLOCK_C=tiling.channels, num_warps=_WARPS)
         self.grid = (self.batch * self.tiles * triton.cdiv(self.channels, tiling.channels),)
-        count = 2 * fields * self.plane if self.tiles > 1 else 0
+        self.fields = fields
+        count = self.batch * self.tiles * 2 * fields * self.channels if self.tiles > 1 else 0
         self.own, self.entering = w.new_empty(count), w.new_empty(count)
 
-    def join(self, kernel, w: Tensor, directions: int, **flags: int) -> None:
-        """Joins the states of all tiles."""
+    def join(self, w: Tensor, first: int, last: int) -> None:
+        """Joins the states of all tiles, in the directions from first to last."""
         # Few channels a program: the more of them run, and each has many float64 rows.
         channels = min(self.tiling.channels, 4)
-        grid = (self.batch * triton.cdiv(self.channels, channels), directions)
-        sizes = (self.channels, self.tiles, self.plane)
-        blocks = dict(BLOCK_T=self.tiling.tokens, BLOCK_N=self.tiling.joined, BLOCK_C=channels)
-        kernel[grid](w, self.own, self.entering, *sizes, **flags, **blocks)
+        grid = (self.batch * triton.cdiv(self.channels, channels), last - first + 1)
+        join_tiles[grid](
+            w, self.own, self.entering, self.channels, self.tiles,
+            FIELDS=self.fields, FIRST_DIRECTION=first,
+            BLOCK_T=self.tiling.tokens, BLOCK_N=self.tiling.joined, BLOCK_C=channels,
+        )  # fmt: skip
 
 
 def forward(
@@ -524,7 +509,7 @@ def forward(
         flags = dict(CAUSAL=causal, **launch.blocks)
         if launch.tiles > 1:
             wkv_own_states[launch.grid](w, k, v, launch.own, *launch.sizes, *strides, **flags)
-            launch.join(wkv_join, w, 1 if causal else 2)
+            launch.join(w, 0, 0 if causal else 1)
         wkv_outputs[launch.grid](
             w, u, k, v, launch.entering, y, y_residual, z, *launch.sizes, *strides,
             SAVE=save, RESIDUAL=save and half, **flags,
@@ -558,8 +543,7 @@ def backward(
             grad_own_states[launch.grid](
                 w, gy, y, y_residual, z, launch.own, *launch.sizes, *gy.stride(), **flags
             )
-            first = 1 if causal else 0
-            launch.join(grad_join, w, 2 - first, FIRST_DIRECTION=first)
+            launch.join(w, 1 if causal else 0, 1)
         grad_outputs[launch.grid](
             w, u, k, v, gy, y, y_residual, z, launch.entering, gk, gv, gw, gu, *launch.sizes,
             *k.stride(), *v.stride(), *gy.stride(), **flags,

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vrwkv_ops.checks import MAX_MIXES, SHIFT_MODES, accumulation_dtype, shift_bounds
-from vrwkv_ops.triton.bi_wkv import locate
+from vrwkv_ops.triton.bi_wkv import locate, store_sum
 
 _BLOCKS = dict(BLOCK_T=32, BLOCK_C=64)
 
@@ -31,55 +31,60 @@ def _shifted(
 
 
 @triton.jit
+def _own_and_shifted(
+    ptr, b, t, c, stride_b, stride_t, stride_c, height, width, step, b1, b2, b3, b4, valid,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """The elements (b, t, c), and what they take from their neighbours."""
+    own = tl.load(ptr + b * stride_b + t * stride_t + c * stride_c, mask=valid, other=0.0)
+    other = _shifted(
+        ptr, b, t, c, stride_b, stride_t, stride_c, height, width, step, b1, b2, b3, b4, valid
+    )
+    return own.to(ACC), other.to(ACC)
+
+
+@triton.jit
 def q_shift_kernel(
-    x_ptr, out_ptr, C, blocks, height, width, step, b1, b2, b3, b4, x_b, x_t, x_c,
+    x_ptr, out_ptr, T, C, blocks, height, width, step, b1, b2, b3, b4, x_b, x_t, x_c,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Shifts the groups of channels of x (B, height * width, C)."""
-    b, block, r, c = locate(C, blocks, BLOCK_T, BLOCK_C)
-    t, tokens = block * BLOCK_T + r, height * width
-    valid = (t < tokens) & (c < C)
+    """Shifts the groups of channels of x (B, T, C), T = height * width."""
+    b, _, _, t, c, valid = locate(T, C, blocks, BLOCK_T, BLOCK_C)
     x = _shifted(x_ptr, b, t, c, x_b, x_t, x_c, height, width, step, b1, b2, b3, b4, valid)
-    tl.store(out_ptr + (b * tokens + t) * C + c, x, mask=valid)
+    tl.store(out_ptr + (b * T + t) * C + c, x, mask=valid)
 
 
 @triton.jit
 def token_shift_kernel(
     x_ptr, mixes_ptr, out0_ptr, out1_ptr, out2_ptr,
-    C, blocks, height, width, step, b1, b2, b3, b4, x_b, x_t, x_c,
+    T, C, blocks, height, width, step, b1, b2, b3, b4, x_b, x_t, x_c,
     N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Gives x * mix + shift(x) * (1 - mix) for N mixes (N, C), each (B, height * width, C)."""
-    ACC: tl.constexpr = mixes_ptr.dtype.element_ty
-    b, block, r, c = locate(C, blocks, BLOCK_T, BLOCK_C)
-    t, tokens = block * BLOCK_T + r, height * width
-    valid = (t < tokens) & (c < C)
-    own = tl.load(x_ptr + b * x_b + t * x_t + c * x_c, mask=valid, other=0.0).to(ACC)
-    other = _shifted(x_ptr, b, t, c, x_b, x_t, x_c, height, width, step, b1, b2, b3, b4, valid).to(
-        ACC
-    )
+    """Gives x * mix + shift(x) * (1 - mix) for N mixes (N, C), each (B, T, C)."""
+    b, _, _, t, c, valid = locate(T, C, blocks, BLOCK_T, BLOCK_C)
+    own, other = _own_and_shifted(
+        x_ptr, b, t, c, x_b, x_t, x_c, height, width, step, b1, b2, b3, b4, valid,
+        mixes_ptr.dtype.element_ty,
+    )  # fmt: skip
     for i in tl.static_range(N):
         mix = tl.load(mixes_ptr + i * C + c, mask=c < C, other=0.0)
         out_ptr = out0_ptr if i == 0 else (out1_ptr if i == 1 else out2_ptr)
         out = (own * mix + other * (1.0 - mix)).to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + (b * tokens + t) * C + c, out, mask=valid)
+        tl.store(out_ptr + (b * T + t) * C + c, out, mask=valid)
 
 
 @triton.jit
 def token_shift_backward_kernel(
     g0_ptr, g1_ptr, g2_ptr, x_ptr, mixes_ptr, gx_ptr, gmixes_ptr,
-    C, blocks, height, width, step, b1, b2, b3, b4, x_b, x_t, x_c,
+    T, C, blocks, height, width, step, b1, b2, b3, b4, x_b, x_t, x_c,
     g0_b, g0_t, g0_c, g1_b, g1_t, g1_c, g2_b, g2_t, g2_c, pieces,
     N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Gives gx (B, height * width, C), and what this program gives to gmixes (N, pieces, C)."""
+    """Gives gx (B, T, C), and what this program gives to gmixes (N, pieces, C)."""
     ACC: tl.constexpr = mixes_ptr.dtype.element_ty
-    b, block, r, c = locate(C, blocks, BLOCK_T, BLOCK_C)
-    t, tokens = block * BLOCK_T + r, height * width
-    valid = (t < tokens) & (c < C)
-    own = tl.load(x_ptr + b * x_b + t * x_t + c * x_c, mask=valid, other=0.0).to(ACC)
-    other = _shifted(x_ptr, b, t, c, x_b, x_t, x_c, height, width, step, b1, b2, b3, b4, valid).to(
-        ACC
+    b, block, _, t, c, valid = locate(T, C, blocks, BLOCK_T, BLOCK_C)
+    own, other = _own_and_shifted(
+        x_ptr, b, t, c, x_b, x_t, x_c, height, width, step, b1, b2, b3, b4, valid, ACC
     )
     gx = tl.zeros([BLOCK_T, BLOCK_C], ACC)
     for i in tl.static_range(N):
@@ -88,13 +93,13 @@ def token_shift_backward_kernel(
         g_b = g0_b if i == 0 else (g1_b if i == 1 else g2_b)
         g_t = g0_t if i == 0 else (g1_t if i == 1 else g2_t)
         g_c = g0_c if i == 0 else (g1_c if i == 1 else g2_c)
-        g = tl.load(ptr + b * g_b + t * g_t + c * g_c, mask=valid, other=0.0).to(ACC)
         # A shift's adjoint is the shift the other way.
-        back = _shifted(ptr, b, t, c, g_b, g_t, g_c, height, width, -step, b1, b2, b3, b4, valid)
-        gx += g * mix + back.to(ACC) * (1.0 - mix)
-        piece = tl.sum(g * (own - other), axis=0, keep_dims=True)
-        tl.store(gmixes_ptr + (i * pieces + b * blocks + block) * C + c, piece, mask=c < C)
-    tl.store(gx_ptr + (b * tokens + t) * C + c, gx.to(gx_ptr.dtype.element_ty), mask=valid)
+        g, back = _own_and_shifted(
+            ptr, b, t, c, g_b, g_t, g_c, height, width, -step, b1, b2, b3, b4, valid, ACC
+        )
+        gx += g * mix + back * (1.0 - mix)
+        store_sum(gmixes_ptr + (i * pieces + b * blocks + block) * C + c, g * (own - other), c, C)
+    tl.store(gx_ptr + (b * T + t) * C + c, gx.to(gx_ptr.dtype.element_ty), mask=valid)
 
 
 def _check(
@@ -135,10 +140,22 @@ def _check_mixes(x: Tensor, mixes: Tensor, grads: Sequence[Tensor] | None = None
         )
 
 
-def _grid(x: Tensor) -> tuple[tuple[int], int]:
-    """Programs, and pieces that the tokens of an image are cut into."""
-    blocks = triton.cdiv(x.shape[1], _BLOCKS['BLOCK_T'])
-    return (x.shape[0] * blocks * triton.cdiv(x.shape[2], _BLOCKS['BLOCK_C']),), blocks
+def _sizes(
+    x: Tensor,
+    height: int,
+    width: int,
+    shift_pixel: int,
+    gamma: float,
+    mode: str = 'q_shift',
+    reverse: bool = False,
+) -> tuple[tuple[int], int, tuple[int, ...]]:
+    """Programs, blocks of an image's tokens, and the kernels' arguments from T to x_c."""
+    batch, tokens, channels = x.shape
+    blocks = triton.cdiv(tokens, _BLOCKS['BLOCK_T'])
+    grid = (batch * blocks * triton.cdiv(channels, _BLOCKS['BLOCK_C']),)
+    step = min(shift_pixel, max(height, width)) * (-1 if reverse else 1)
+    bounds = shift_bounds(channels, gamma, mode)[1:]
+    return grid, blocks, (tokens, channels, blocks, height, width, step, *bounds, *x.stride())
 
 
 def q_shift(
@@ -149,14 +166,9 @@ def q_shift(
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return out
-    bounds = shift_bounds(x.shape[2], channel_gamma)[1:]
-    step = min(shift_pixel, max(height, width))
-    grid, blocks = _grid(x)
+    grid, _, sizes = _sizes(x, height, width, shift_pixel, channel_gamma, reverse=reverse)
     with torch.cuda.device_of(x):
-        q_shift_kernel[grid](
-            x, out, x.shape[2], blocks, height, width, -step if reverse else step, *bounds,
-            *x.stride(), **_BLOCKS,
-        )  # fmt: skip
+        q_shift_kernel[grid](x, out, *sizes, **_BLOCKS)
     return out
 
 
@@ -175,14 +187,9 @@ def token_shift(
     outs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in mixes]
     if x.numel() == 0:
         return outs
-    grid, blocks = _grid(x)
-    bounds = shift_bounds(x.shape[2], channel_gamma, mode)[1:]
-    step = min(shift_pixel, max(height, width))
+    grid, _, sizes = _sizes(x, height, width, shift_pixel, channel_gamma, mode)
     with torch.cuda.device_of(x):
-        token_shift_kernel[grid](
-            x, mixes, *_padded(outs), x.shape[2], blocks, height, width, step, *bounds, *x.stride(),
-            N=len(mixes), **_BLOCKS,
-        )  # fmt: skip
+        token_shift_kernel[grid](x, mixes, *_padded(outs), *sizes, N=len(mixes), **_BLOCKS)
     return outs
 
 
@@ -202,17 +209,15 @@ def token_shift_backward(
     gx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return gx, torch.zeros_like(mixes)
-    grid, blocks = _grid(x)
+    grid, blocks, sizes = _sizes(x, height, width, shift_pixel, channel_gamma, mode)
     pieces = x.shape[0] * blocks
     gmixes = mixes.new_empty(len(mixes), pieces, x.shape[2])
-    bounds = shift_bounds(x.shape[2], channel_gamma, mode)[1:]
-    step = min(shift_pixel, max(height, width))
-    strides = [stride for g in _padded(grads) for stride in g.stride()]
+    grads = _padded(grads)
+    strides = [stride for g in grads for stride in g.stride()]
     with torch.cuda.device_of(x):
         token_shift_backward_kernel[grid](
-            *_padded(grads), x, mixes, gx, gmixes, x.shape[2], blocks, height, width, step, *bounds,
-            *x.stride(), *strides, pieces, N=len(mixes), **_BLOCKS,
-        )  # fmt: skip
+            *grads, x, mixes, gx, gmixes, *sizes, *strides, pieces, N=len(mixes), **_BLOCKS
+        )
         # In a fixed order and without atomics.
         gmixes = gmixes.sum(1, dtype=torch.float64).to(mixes.dtype)
     return gx, gmixes
