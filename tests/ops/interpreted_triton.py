@@ -4,6 +4,7 @@ By hand: ``TRITON_INTERPRET=1 python -m pytest tests/ops/interpreted_triton.py``
 takes some 10 ms a program whatever its tile holds: tiles are small here, and few to a case.
 """
 
+import functools
 import itertools
 import math
 import os
@@ -47,8 +48,11 @@ def small_tiles(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def round_to_nearest_bfloat16(monkeypatch):
-    """As GPUs do (see test_triton.py). The interpreter cuts off the bits that do not fit."""
+def as_on_gpus(monkeypatch):
+    """Rounds to the nearest bfloat16, see test_triton.py, and lets min and max pass over NaN.
+
+    The interpreter cuts off the bits that do not fit, and its min and max of NaN are NaN.
+    """
     cut = interpreter._convert_float
 
     def convert(data, source, target, mode):
@@ -57,6 +61,9 @@ def round_to_nearest_bfloat16(monkeypatch):
         return torch.from_numpy(data.copy()).bfloat16().view(torch.int16).numpy().view(np.uint16)
 
     monkeypatch.setattr(interpreter, '_convert_float', convert)
+    for name, function in (('create_minnumf', np.fmin), ('create_maxnumf', np.fmax)):
+        operation = functools.partialmethod(interpreter.InterpreterBuilder.binary_op, op=function)
+        monkeypatch.setattr(interpreter.InterpreterBuilder, name, operation)
 
 
 @pytest.fixture(autouse=True)
@@ -240,6 +247,16 @@ def test_nan_stays_where_its_weight_reaches():
     reached[0, 10:, 1] = True
     assert y[reached].isnan().all()
     assert torch.equal(y[~reached], clean[~reached])
+
+
+@pytest.mark.parametrize('parameter', ['w', 'u'])
+def test_nan_in_a_parameter_shows_in_its_channel(parameter):
+    inputs = make_inputs(9, batch=1)
+    clean = run(*inputs)
+    inputs['wu'.index(parameter)][1] = math.nan
+    for got, expected in zip(run(*inputs), clean, strict=True):
+        assert got[..., 1].isnan().all()
+        assert torch.equal(got[..., ::2], expected[..., ::2])
 
 
 def test_strides_do_not_matter():

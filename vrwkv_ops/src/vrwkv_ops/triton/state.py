@@ -50,13 +50,14 @@ def exp_scaled(x, rest):
 @triton.jit
 def decay_power(w, n):
     """e^(w n) as (mantissa, exponent), for whole n <= 512, as good as one rounding."""
-    w = tl.minimum(tl.maximum(w, -MAX_DECAY), MAX_DECAY)
+    bounded = tl.minimum(tl.maximum(w, -MAX_DECAY), MAX_DECAY)  # on GPUs a number even of NaN
     if w.dtype == tl.float64:
-        return exp_scaled(w * n, 0.0 * n)
+        mantissa, exponent = exp_scaled(bounded * n, 0.0 * n)
     else:
         # The upper 14 bits of w times n are exact, and what they leave is small.
-        high = (w.to(tl.int32, bitcast=True) & -1024).to(tl.float32, bitcast=True)
-        return exp_scaled(high * n, (w - high) * n)
+        high = (bounded.to(tl.int32, bitcast=True) & -1024).to(tl.float32, bitcast=True)
+        mantissa, exponent = exp_scaled(high * n, (bounded - high) * n)
+    return tl.where(w == w, mantissa, w), exponent
 
 
 @triton.jit
