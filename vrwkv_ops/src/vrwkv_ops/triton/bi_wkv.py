@@ -482,6 +482,7 @@ class _Launch:
             w, self.own, self.entering, self.channels, self.tiles,
             FIELDS=self.fields, FIRST_DIRECTION=first,
             BLOCK_T=self.tiling.tokens, BLOCK_N=self.tiling.joined, BLOCK_C=channels,
+            num_warps=_WARPS,
         )  # fmt: skip
 
 
