@@ -37,6 +37,8 @@ PYTEST_INI = (
     '[pytest]\naddopts = --import-mode=importlib --strict-markers -ra\n'
     'markers =\n    cuda: needs an NVIDIA GPU\n    timeout: for pytest-timeout\n'
 )
+# What fills a large GPU, and what the float64 reference of it needs.
+FULL_ELEMENTS, FULL_MEMORY_GIB = 2**25, 38
 # Everything is some hundred times slower under compute-sanitizer: a test of each kind.
 SANITIZED = 'test_odd_sizes and float16 or test_strides_do_not_matter or test_every_output'
 
@@ -229,26 +231,49 @@ class Check:
             del os.environ['PYTORCH_NO_CUDA_MEMORY_CACHING']
 
     def operators(self) -> Result:
-        """Times the operators; each is checked first."""
+        """Times the operators on one image and on what fills a GPU; each is checked first."""
         result = Result('operators')
         sizes = ['--resolutions', '64', '--channels', '24', '--repeats', '1'] if self.quick else []
+        full = ['--elements', '1000' if self.quick else str(FULL_ELEMENTS), '--heads', '0']
+        if not self.quick:
+            full += ['--resolutions', '224', '1024', '2048']
+        runs = {'operators': sizes, 'operators_full': [*sizes, *full]}
+        if self.memory_gib() < FULL_MEMORY_GIB and not self.quick:
+            del runs['operators_full']
+            result.lines.append(
+                f'{FULL_ELEMENTS:,} elements: not measured, a float64 reference of them takes a '
+                f'GPU of {FULL_MEMORY_GIB} GiB'
+            )
         script = ROOT / 'vrwkv_ops' / 'benchmarks' / 'operators.py'
-        options = ['--device', self.device, '--out', str(self.folder)]
-        code, output = self.run('operators', [sys.executable, str(script), *options, *sizes])
-        if code:
-            return _fail(result, _last_line(output))
-        content = json.loads((self.folder / 'operators.json').read_text())
-        bandwidth = content['copy_bytes_per_second']
-        result.lines.append(f'a copy reads and writes {bandwidth / 1e9:.0f} GB/s')
-        largest = max(row['resolution'] for row in content['rows'])
-        for row in content['rows']:
-            if row['resolution'] == largest and row['error'] is not None:
-                share = row['bytes'] / row['seconds'] / bandwidth
-                result.lines.append(
-                    f'{row["kernel"]}, {row["dtype"]}, {row["direction"]}, {largest} pixels: '
-                    f'{row["seconds"] * 1e3:.3f} ms, {share:.0%} of the copy bandwidth'
-                )
+        for name, options in runs.items():
+            folder = self.folder / name
+            command = [sys.executable, str(script), '--device', self.device, '--out', str(folder)]
+            code, output = self.run(name, [*command, *options])
+            if code:
+                return _fail(result, _last_line(output))
+            content = json.loads((folder / 'operators.json').read_text())
+            bandwidth = content['copy_bytes_per_second']
+            result.lines.append(f'a copy reads and writes {bandwidth / 1e9:.0f} GB/s')
+            largest = max(row['resolution'] for row in content['rows'])
+            for row in content['rows']:
+                # A page has room for the largest images, and for all of them of what matters most.
+                matters = row['resolution'] == largest or row['kernel'] == 'bi_wkv'
+                if row['error'] is not None and matters:
+                    share = row['bytes'] / row['seconds'] / bandwidth
+                    result.lines.append(
+                        f'{row["kernel"]}, {row["dtype"]}, {row["direction"]}, '
+                        f'{row["batch"]} x {row["resolution"]} pixels: '
+                        f'{row["seconds"] * 1e3:.3f} ms, {share:.0%} of the copy bandwidth'
+                    )
         return result
+
+    def memory_gib(self) -> float:
+        """Of the GPU; 0 without one."""
+        import torch
+
+        if self.device == 'cpu':
+            return 0
+        return torch.cuda.get_device_properties(0).total_memory / 2**30
 
     def models(self) -> Result:
         """Times whole models, where mmengine is installed."""

@@ -86,10 +86,16 @@ def test_table_json_and_plot(modules, peers, tmp_path, capsys):
         assert image.size[0] > 800
 
 
+def test_batch_for_a_number_of_elements(modules, tmp_path, capsys):
+    """48 elements an image: 5 images have 200."""
+    _, content, _ = run(modules[1], capsys, tmp_path, '--elements', '200', '--heads', '0')
+    assert {row['batch'] for row in content['rows']} == {5}
+
+
 def test_bytes_are_those_of_the_design(modules):
     """Design section 2: k, v, y; then k, v, gy and what was saved, gk and gv. Here 48 elements."""
     args = argparse.Namespace(
-        batch_size=1, channels=12, device=torch.device('cpu'), peer=[], heads=3
+        batch_size=1, elements=0, channels=12, device=torch.device('cpu'), peer=[], heads=3
     )
     for dtype, forward, both in (
         (torch.float32, 12, (12 + 4) + (12 + 4 + 4 + 8)),  # y, too, is read
@@ -136,7 +142,7 @@ def test_what_is_right(modules):
 def test_our_kernels_pass_where_they_are_hardest_to_tell_apart(modules):
     """The gate's own inputs, through another implementation and ours."""
     args = argparse.Namespace(
-        batch_size=2, channels=8, device=torch.device('cpu'), peer=[], heads=0
+        batch_size=2, elements=0, channels=8, device=torch.device('cpu'), peer=[], heads=0
     )
     kernel = modules[1].make_kernels(args, torch.float32, 64)['bi_wkv']
     for function in (bi_wkv, bi_wkv_scan):

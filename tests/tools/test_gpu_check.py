@@ -40,8 +40,11 @@ def test_parts_on_the_cpu(tool, tmp_path, capsys):
     assert torch.__version__ in page
     assert '## PASS tests' in page and ' passed' in page
     assert '## SKIPPED sanitizer' in page
-    assert '## PASS operators' in page and 'bi_wkv, float32, forward+backward, 64 pixels: ' in page
-    for name in ('tests.log', 'operators.log', 'operators.json'):
+    assert (
+        '## PASS operators' in page and 'bi_wkv, float32, forward+backward, 1 x 64 pixels: ' in page
+    )
+    assert 'bi_wkv, float32, forward, 3 x 64 pixels: ' in page  # 16 tokens, 24 channels
+    for name in ('tests.log', 'operators.log', 'operators/operators.json'):
         assert (tmp_path / name).stat().st_size > 100
 
 

@@ -5,6 +5,7 @@ of it is printed. Yardsticks are PyTorch's scaled_dot_product_attention over the
 channels, torch.exp over the same elements, and a copy's bandwidth. Exits with 1 if one was refused.
 
   python vrwkv_ops/benchmarks/operators.py --resolutions 224 1024
+  python vrwkv_ops/benchmarks/operators.py --elements 33554432 --heads 0     # a whole GPU
   python vrwkv_ops/benchmarks/operators.py --peer mine=my_kernel.py:bi_wkv
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -48,6 +50,7 @@ class Row:
     Attributes:
         dtype: Of k, v or x.
         resolution: Side of the images in pixels.
+        batch: B.
         tokens: T.
         kernel: Which.
         direction: ``'forward'`` or ``'forward+backward'``.
@@ -60,6 +63,7 @@ class Row:
 
     dtype: str
     resolution: int
+    batch: int
     tokens: int
     kernel: str
     direction: str
@@ -131,7 +135,8 @@ def make_kernels(
 ) -> dict[str, Kernel]:
     """All that is measured at one resolution."""
     side = resolution // PATCH
-    batch, tokens, channels = args.batch_size, side * side, args.channels
+    tokens, channels = side * side, args.channels
+    batch = max(args.batch_size, math.ceil(args.elements / (tokens * channels)))
     generator = torch.Generator().manual_seed(0)
 
     def uniform(*shape: int, limit: float = 1.0) -> Tensor:
@@ -198,6 +203,7 @@ def make_kernels(
 def measure(args: argparse.Namespace, dtype: torch.dtype, resolution: int) -> list[Row]:
     """All rows of one resolution, the kernels checked before they are timed."""
     kernels = make_kernels(args, dtype, resolution)
+    batch, tokens, _ = kernels['bi_wkv'].inputs[2].shape
     rows = []
     for index, direction in enumerate(('forward', 'forward+backward')):
         calls = {}
@@ -206,7 +212,8 @@ def measure(args: argparse.Namespace, dtype: torch.dtype, resolution: int) -> li
             row = Row(
                 str(dtype).removeprefix('torch.'),
                 resolution,
-                (resolution // PATCH) ** 2,
+                batch,
+                tokens,
                 name,
                 direction,
                 bytes=kernel.bytes[index],
@@ -234,7 +241,7 @@ def table(rows: list[Row], bandwidth: float) -> str:
     }
     cells = []
     for r in rows:
-        line = [r.dtype, str(r.resolution), str(r.tokens), r.kernel, r.direction]
+        line = [*map(str, (r.dtype, r.resolution, r.batch, r.tokens)), r.kernel, r.direction]
         line.append('' if r.error is None else f'{r.error:.0e}')
         if r.seconds is None:
             cells.append([*line, r.refused, '', ''])
@@ -243,7 +250,18 @@ def table(rows: list[Row], bandwidth: float) -> str:
         yardstick = attention.get((r.dtype, r.resolution, r.direction))
         gain = '' if yardstick is None else f'{yardstick / r.seconds:.3g}'
         cells.append([*line, f'{r.seconds * 1e3:.3f}', share, gain])
-    header = ('dtype', 'pixels', 'T', 'kernel', 'pass', 'error', 'ms', 'of copy', 'x attention')
+    header = (
+        'dtype',
+        'pixels',
+        'B',
+        'T',
+        'kernel',
+        'pass',
+        'error',
+        'ms',
+        'of copy',
+        'x attention',
+    )
     return markdown_table(header, cells)
 
 
@@ -298,6 +316,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         nargs='+',
         help='of k, v and x (default: float32, and bfloat16 on a GPU)',
     )
+    parser.add_argument(
+        '--elements',
+        type=int,
+        default=0,
+        help='at least so many in k: the batch of each resolution is as large as that takes',
+    )
     parser.add_argument('--channels', type=positive_int, default=192, help='C (default: 192)')
     parser.add_argument(
         '--heads', type=int, default=3, help='of the attention; 0: leave it out (default: 3)'
@@ -331,7 +355,8 @@ def main(argv: list[str] | None = None) -> int:
         rows += measure(args, DTYPES[dtype], resolution)
     print(table(rows, bandwidth) + '\n')
     settings = {
-        name: getattr(args, name) for name in ('batch_size', 'channels', 'heads', 'repeats')
+        name: getattr(args, name)
+        for name in ('batch_size', 'elements', 'channels', 'heads', 'repeats')
     }
     write_json(
         args.out / 'operators.json',
@@ -342,7 +367,8 @@ def main(argv: list[str] | None = None) -> int:
             'rows': [asdict(row) for row in rows],
         },
     )
-    title = f'{args.batch_size} x {args.channels} channels, {facts["device"]}'
+    amount = f'{args.elements:,} elements' if args.elements else f'{args.batch_size} image(s)'
+    title = f'{amount}, {args.channels} channels, {facts["device"]}'
     plot(rows, title, args.out / 'operators.png')
     refused = {r.kernel: r.refused for r in rows if r.refused}
     for name, why in refused.items():
