@@ -263,13 +263,13 @@ def wkv_outputs(
     exponent += bonus_exponent
     numerator, denominator = own * (v * headroom), own
     for direction in tl.static_range(1 if CAUSAL else 2):
-        other = _wkv_neighbours(
+        a, weight, top = _wkv_neighbours(
             w, k_ptr, v_ptr, entering_ptr, b, tile, r, t, c, T, C, tiles, headroom,
             k_b, k_t, k_c, v_b, v_t, v_c, direction, BLOCK_T,
         )  # fmt: skip
-        own *= power_of_two(exponent - tl.maximum(exponent, other[2]))
+        own *= power_of_two(exponent - tl.maximum(exponent, top))
         numerator, denominator, exponent = join_wkv(
-            numerator, denominator, exponent, other[0], other[1], other[2]
+            numerator, denominator, exponent, a, weight, top
         )
     # A token that only sees itself gets its very value, so that its gradients by weights are 0.
     y = tl.where(denominator == own, v, numerator / denominator * (1.0 / headroom))
