@@ -71,7 +71,8 @@ def quick_interpreter(monkeypatch):
     """Leaves out what takes the interpreter most of its time.
 
     It patches Triton's language at each call of a helper, though it has at the launch, and scans
-    element by element. GPUs scan in a tree, which also shows whether joining is associative.
+    element by element. GPUs scan in a tree, which shows whether joining is associative; handing it
+    the later element first shows whether it is commutative.
     """
 
     def scan(self, inputs):
@@ -82,7 +83,7 @@ def quick_interpreter(monkeypatch):
                 [self.to_tensor(part, x.dtype) for part, x in zip(side, inputs, strict=True)]
                 for side in ([np.roll(part, step, axis=0) for part in parts], parts)
             )
-            joined = self.combine_fn.fn(*earlier, *later)
+            joined = self.combine_fn.fn(*later, *earlier)
             parts = [
                 np.where(row < step, part, x.handle.data)
                 for part, x in zip(parts, joined, strict=True)
@@ -226,10 +227,11 @@ def test_extremes_stay_finite_and_accurate(causal, k_max, w_step):
         assert error <= min(1.0, 1e-5 * growth) * max(expected.norm().item(), scale)
 
 
-@pytest.mark.parametrize('w_step', [1e6, -1e6], ids=['decay', 'growth'])
+@pytest.mark.parametrize('w_step', [math.inf, -math.inf], ids=['decay', 'growth'])
 def test_finite_far_beyond_the_limits(w_step):
-    w, *rest = make_inputs(21, 2, 1, k_max=1e6)
-    assert all(torch.isfinite(x).all() for x in run(torch.full_like(w, w_step), *rest))
+    w, u, k, *rest = make_inputs(21, 2, 1, k_max=1e6)
+    k[0, 5], k[0, 10] = math.inf, -math.inf
+    assert all(torch.isfinite(x).all() for x in run(torch.full_like(w, w_step), u, k, *rest))
 
 
 def test_values_near_the_largest_float():
@@ -324,6 +326,7 @@ def shift_gradients(function, x, mixes, *args, **kwargs):
     outs = function(x, mixes, *args, **kwargs)
     generator = torch.Generator().manual_seed(0)
     grads = [torch.randint(-9, 9, out.shape, generator=generator).to(out.dtype) for out in outs]
+    grads[-1] = grads[-1].transpose(0, 1).contiguous().transpose(0, 1)  # of strides of its own
     return [*outs, *torch.autograd.grad(outs, (x, mixes), grads)]
 
 
@@ -430,8 +433,9 @@ def test_chosen_tiles_are_right(monkeypatch):
     """The tiles of real runs: a short sequence in one, another in several of 64 tokens."""
     monkeypatch.setattr(kernels, 'choose_tiling', CHOOSE_TILING)
     for tokens in (196, 257):
-        inputs = make_inputs(tokens, 3, 1)
-        for name, got, expected in zip(
-            NAMES, run(*inputs), dense_with_gradients(*inputs), strict=True
-        ):
-            assert relative_error(got, expected) <= 1e-5, name
+        inputs = make_inputs(tokens, 3, 1, w_total=300)
+        truths = dense_with_gradients(*inputs)
+        # Decays of ten times 30, where gradients may err so much more, and y not: the power of a
+        # decay over all steps of a tile is as good as one rounding.
+        for got, expected, bar in zip(run(*inputs), truths, (3e-7, *[1e-4] * 4), strict=True):
+            assert relative_error(got, expected) <= bar
