@@ -240,6 +240,17 @@ def test_values_near_the_largest_float(backend, dtype):
 
 
 @fast_backends
+@both_directions
+def test_nan_shows_in_all_gradients_that_it_enters(backend, causal):
+    """All of its channel take part in the output of the last token, which has seen it."""
+    w, u, k, v, gy = make_inputs(20, 3, 1)
+    k[0, 10, 1] = math.nan
+    _, gw, gu, gk, gv = run(backend, w, u, k, v, gy, causal)
+    assert all(x[..., 1].isnan().all() for x in (gw, gu, gk, gv))
+    assert all(x[..., [0, 2]].isfinite().all() for x in (gw, gu, gk, gv))
+
+
+@fast_backends
 def test_nan_stays_where_its_weight_reaches(backend):
     """A NaN in one channel, or in the future of a causal run, leaves the others alone."""
     function, device = backend

@@ -152,34 +152,41 @@ struct Block {
   }
 
   // Turns what each chunk of a column holds, at its end, into what enters it. With `leave`, for the tile as a whole: what it
-  // holds goes to p.states, where it is joined with that of other tiles. Else what enters the tile comes from there.
-  template <template <typename> class State>
+  // holds goes to p.states, where it is joined with that of other tiles. Else what enters the tile comes from there. The fast
+  // way's exponents are small enough for N = float, the careful way needs double.
+  template <template <typename> class State, typename N>
   VRWKV_FN void join(int direction, int column, bool leave) const {
     const Tile<scalar_t> whole(p, b, tile, c + column);
-    Carry<State, T> carry;
+    Carry<State, N> carry;
     if (!leave && p.states) {
       StateLanes<State<T>, T> entering;
       whole.read_state(entering, direction);
-      carry.state = entering.get(0);
+      carry.state = convert<N>(entering.get(0));
     }
-    const T steps = Counting<T>(p.w[c + column]).steps;
+    const double w = p.w[c + column];
+    const N steps = Counting<N>(p.w[c + column]).steps;
     // Only the last chunk of a sequence may be shorter, and what passes it goes nowhere.
-    const Decay<T> by = decay(kMaxChunk, column);
-    const Passage<T> passage{{by.inverse, -by.exponent}, T(kMaxChunk)};
+    Passage<N> passage;
+    if constexpr (std::is_same_v<N, double>) {
+      passage = Passage<N>::of(w, kMaxChunk);
+    } else {
+      const Decay<T> by = decay(kMaxChunk, column);
+      passage = {{by.inverse, -by.exponent}, N(kMaxChunk)};
+    }
     for (int i = 0; i < rows; ++i) {
       const int row = direction == 0 ? i : rows - 1 - i;
       const auto own = read_state<State<T>>(row, direction, column);
-      if (!leave) write_state(carry.enter(), row, direction, column);
-      carry.append(Carry<State, T>{own}, passage, steps);
+      if (!leave) write_state(convert<T>(carry.enter()), row, direction, column);
+      carry.append(Carry<State, N>{convert<N>(own)}, passage, steps);
     }
     if (!leave) return;
     // In the frame of its start, as a chunk of the problem.
-    const Scaled<double> grow = Passage<double>::of(-static_cast<double>(p.w[c + column]), tokens).decay;
-    State<T> held = carry.enter();
-    held.advance(static_cast<T>(grow.mantissa), T(0));
-    held.exponent += static_cast<T>(grow.exponent);
+    const Scaled<double> grow = Passage<double>::of(-w, tokens).decay;
+    State<double> held = convert<double>(carry.enter());
+    held.advance(grow.mantissa, 0.);
+    held.exponent += grow.exponent;
     StateLanes<State<T>, T> leaving;
-    leaving.set(0, held);
+    leaving.set(0, convert<T>(held));
     whole.write_state(leaving, direction);
   }
 
@@ -217,6 +224,21 @@ struct ChunkOfBlock : Tile<typename P::scalar_type> {
   }
   VRWKV_FN void write_sums(const P&, const Lanes<T>& gw, const Lanes<T>& gu) const {
     *block.sum(row, 0, column) = gw.x[0], *block.sum(row, 1, column) = gu.x[0];
+  }
+};
+
+// The largest weight in a state, e^(x - w d). A state goes out with its exponent: a larger one makes others vanish beside it, and
+// TokenGrad wants none larger.
+struct Top {
+  float w, high = -INFINITY;
+
+  VRWKV_FN void absorb(float x) { high = ::fmaxf(high - w, x); }
+  // From the exponent that the state has.
+  template <typename State>
+  VRWKV_FN void move(State& s) const {
+    const float top = ::ceilf(high * kBits);
+    s.advance(any_power_of_two(s.exponent - top), 0.f);
+    s.exponent = top;
   }
 };
 
@@ -302,11 +324,20 @@ struct ForwardPass {
         const float step = this->step();
         float weights[kMaxChunk], values[kMaxChunk];
         left.exponent = right.exponent = frame;
+        Top left_top{this->w}, right_top{this->w};
         this->for_each_token(0, [&](int t) {
           weights[t] = exp_shifted(this->key(t), -frame), values[t] = this->value(t);
           absorb(left, weights[t], values[t], step);
+          left_top.absorb(this->key(t));
         });
-        if constexpr (!causal) this->for_each_token(1, [&](int t) { absorb(right, weights[t], values[t], step); });
+        left_top.move(left);
+        if constexpr (!causal) {
+          this->for_each_token(1, [&](int t) {
+            absorb(right, weights[t], values[t], step);
+            right_top.absorb(this->key(t));
+          });
+          right_top.move(right);
+        }
       }
       this->block.write_state(left, this->row, 0, this->column);
       if constexpr (!causal) this->block.write_state(right, this->row, 1, this->column);
@@ -314,8 +345,8 @@ struct ForwardPass {
 
     VRWKV_FN bool outputs_fit() const { return true; }
 
-    // A state that entered can at most grow, too. The smaller of two that enter, or the chunk's own weights, may vanish: only
-    // where they are below what a float can tell from 0 beside the larger.
+    // A state that entered can grow, too. The smaller of two that enter, or the chunk's own weights, may vanish beside the larger:
+    // below 2^-126, so that growth by at most 2^32 and decay of the larger by as much leave them below what a float can tell.
     VRWKV_FN void outputs() const {
       if (this->length == 0) return;
       const P& p = this->block.p;
@@ -375,13 +406,13 @@ struct BackwardPass {
 
   struct Fast : FastChunk<P> {
     bool fits;
-    float frame;  // over 2^frame no e^(-z) is above 1, be it grown
+    float frame;  // over 2^frame no e^(-z) is above 1; sums may grow beyond
 
     VRWKV_FN Fast(const Block<P>& of, int which, int lane) : FastChunk<P>(of, which, lane) {
       const Extent shrinks = this->extent([&](int t) { return shrink(t); });
       fits = this->length == 0 || (this->reach() <= kMaxSpread / 2 && ::fabsf(this->bonus_bits()) <= kMaxSpread / 2 &&
                                    ::fabsf(shrinks.top()) <= kMaxTop);
-      frame = shrinks.top() + this->growth();
+      frame = shrinks.top();
     }
 
     VRWKV_FN float shrink(int t) const { return -this->block.log(this->row * kMaxChunk + t)[this->column]; }
@@ -396,17 +427,26 @@ struct BackwardPass {
         const Walk walk(*this);
         float g[kMaxChunk], h[kMaxChunk];
         left.exponent = right.exponent = frame;
+        Top left_top{this->w}, right_top{this->w};
         this->for_each_token(1, [&](int t) {
           g[t] = weighted(t, frame), h[t] = g[t] * y(t);
           walk.absorb(right, t, 1, g[t], h[t]);
+          right_top.absorb(shrink(t));
         });
-        if constexpr (!causal) this->for_each_token(0, [&](int t) { walk.absorb(left, t, 0, g[t], h[t]); });
+        right_top.move(right);
+        if constexpr (!causal) {
+          this->for_each_token(0, [&](int t) {
+            walk.absorb(left, t, 0, g[t], h[t]);
+            left_top.absorb(shrink(t));
+          });
+          left_top.move(left);
+        }
       }
       this->block.write_state(right, this->row, 1, this->column);
       if constexpr (!causal) this->block.write_state(left, this->row, 0, this->column);
     }
 
-    // What vanishes of e^(-z) beside the largest then vanishes times any key and bonus, too: below 2^-30.
+    // What vanishes of e^(-z) beside the largest then vanishes times any key and bonus, too, however it grows: below 2^-30.
     VRWKV_FN bool outputs_fit() const {
       const Extent keys = this->keys();
       return this->length == 0 || (keys.top() + top() <= kMaxSpread - 2 && ::fabsf(keys.top()) <= kMaxTop);
@@ -458,7 +498,7 @@ struct BackwardPass {
     }
     VRWKV_FN float top() const {
       const float right = state(1).exponent, left = causal ? right : state(0).exponent;
-      return ::fmaxf(frame, ::fmaxf(left, right) + this->growth());
+      return ::fmaxf(frame, ::fmaxf(left, right));
     }
     VRWKV_FN GradState<float> entering(int direction, float top) const {
       GradState<float> s = state(direction);

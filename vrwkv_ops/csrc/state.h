@@ -121,7 +121,7 @@ VRWKV_FN Scaled<float> exp_scaled(float x) { return exp_scaled_unclamped(clamp(x
 
 VRWKV_FN Scaled<double> exp_scaled(double x) { return exp_scaled_unclamped(clamp(x, static_cast<double>(kMaxKey))); }
 
-// log(mantissa * 2^exponent) for a normal mantissa > 0
+// log(mantissa * 2^exponent) for a normal mantissa > 0; NaN of NaN
 VRWKV_FN float log_scaled(float mantissa, float exponent) {
   // mantissa = 2^n (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)) and a polynomial in f, within 2 ulp
   const uint32_t offset = bit_cast<uint32_t>(mantissa) - 0x3f3504f3u;  // distance from sqrt(1/2)
@@ -140,7 +140,7 @@ VRWKV_FN float log_scaled(float mantissa, float exponent) {
   p = p * f * square;
   p = multiply_add(n, -2.12194440e-4f, p);
   p = multiply_add(-0.5f, square, p);
-  return multiply_add(n, 0.693359375f, f + p);
+  return multiply_add(n, 0.693359375f, f + p) + (mantissa - mantissa);
 }
 
 VRWKV_FN double log_scaled(double mantissa, double exponent) { return multiply_add(exponent, kLn2, ::log(mantissa)); }

@@ -171,10 +171,10 @@ __global__ void __launch_bounds__(kMaxRows* kColumns, Occupancy<typename Pass::P
     // Outputs go backwards through the tiles: those whose states came last are still in the L2 cache.
     const Tile block(p, rows, memory, outputs ? blocks - 1 - index : index);
     const bool active = block.has_column(column);
-    const auto join = [&] {
+    const auto join = [&](auto number) {
       __syncthreads();
       for (int i = row; active && i < Pass::kDirections; i += rows)
-        block.template join<Pass::template State>(Pass::kFirstDirection + i, column, !outputs);
+        block.template join<Pass::template State, decltype(number)>(Pass::kFirstDirection + i, column, !outputs);
       __syncthreads();
     };
     bool careful = true;
@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(kMaxRows* kColumns, Occupancy<typename Pass::P
       careful = __syncthreads_or(!chunk.fits);
       if (!careful) {
         chunk.states();
-        join();
+        join(0.f);
         if constexpr (outputs) {
           careful = __syncthreads_or(!chunk.outputs_fit());
           if (!careful) {
@@ -198,11 +198,11 @@ __global__ void __launch_bounds__(kMaxRows* kColumns, Occupancy<typename Pass::P
         }
       } else {
         if (active) careful_states<Pass>(block, row, column);
-        join();
+        join(0.);
       }
     } else {
       if (active) careful_states<Pass>(block, row, column);
-      join();
+      join(0.);
     }
     if constexpr (outputs) {
       if (careful && active) careful_outputs<Pass>(block, row, column);
@@ -218,7 +218,7 @@ template <typename Pass>
 __global__ void __launch_bounds__(kColumns* vrwkv::kSegments) join_kernel(const typename Pass::P p) {
   using Segment = vrwkv::Segment<Pass::template State>;
   using Joiner = vrwkv::Joiner<Pass::template State, typename Pass::P>;
-  __shared__ alignas(Segment) unsigned char memory[sizeof(Segment) * kColumns * vrwkv::kSegments];
+  __shared__ __align__(alignof(Segment)) unsigned char memory[sizeof(Segment) * kColumns * vrwkv::kSegments];
   auto* const segments = reinterpret_cast<Segment*>(memory);
   const int column = threadIdx.x % kColumns, segment = threadIdx.x / kColumns;
   const int64_t c = static_cast<int64_t>(blockIdx.y) * kColumns + column;
