@@ -1,9 +1,9 @@
 // Bi-WKV over a block of neighbouring channels and a tile of tokens, held in fast memory: what a block of CUDA threads does, one
 // step of one thread at a time, so that a test can run it on the CPU. A thread has a chunk of kMaxChunk tokens of one channel.
 //
-// The weights of a chunk share one exponent. Its powers of e^(-w) are those of a recurrence, too short for roundings to add up
-// to much. A token then takes an exponential and a few multiply-adds for each state. Where the weights of a chunk lie too far
-// apart for that (`fits`), its block takes the careful way of tile.h instead, from memory.
+// The weights of a chunk share one exponent, and states follow their recurrences, which are too short here for roundings to add up:
+// a token takes an exponential and a few multiply-adds for each state. Where the weights of a chunk lie too far apart for that
+// (`fits`), its block takes the careful way of tile.h instead, from memory.
 #pragma once
 
 #include "tile.h"
@@ -314,7 +314,8 @@ struct ForwardPass {
     VRWKV_FN Fast(const Block<P>& of, int which, int lane) : FastChunk<P>(of, which, lane) {
       const Extent keys = this->keys();
       fits = this->length == 0 ||
-             (keys.spread() + this->reach() + ::fabsf(this->bonus_bits()) <= kMaxSpread && ::fabsf(keys.top()) <= kMaxTop);
+             (this->reach() <= kMaxSpread / 2 && keys.spread() + this->reach() + ::fabsf(this->bonus_bits()) <= kMaxSpread &&
+              ::fabsf(keys.top()) <= kMaxTop);
       frame = keys.top() + this->growth() + ::ceilf(::fmaxf(this->bonus_bits(), 0.f));
     }
 
