@@ -2,6 +2,7 @@
 
 import os
 import re
+import subprocess
 from collections import Counter
 from pathlib import Path
 
@@ -113,7 +114,15 @@ def trained_epochs(log):
     return {int(epoch) for epoch in re.findall(r'Epoch\(train\) +\[(\d+)\]', log)}
 
 
-def test_demo(demo, run_demo, tmp_path):
+def test_tools_run_in_processes_of_their_own(demo, capfd):
+    """The other tests of demos call them (``tool_calls``)."""
+    demo.run_tool('test.py', '--help')
+    assert 'usage: test.py' in capfd.readouterr().out
+    with pytest.raises(subprocess.CalledProcessError):
+        demo.run_tool('test.py')  # without a config
+
+
+def test_demo(demo, run_demo, tool_calls, tmp_path):
     digits = tmp_path / 'digits'
     config = short_config(tmp_path, digits)
     out = run_demo(demo, config)
