@@ -164,7 +164,7 @@ struct Block {
       carry.state = convert<N>(entering.get(0));
     }
     const double w = p.w[c + column];
-    const N steps = Counting<N>(p.w[c + column]).steps;
+    const N steps = Counting<N>(static_cast<N>(w)).steps;
     // Only the last chunk of a sequence may be shorter, and what passes it goes nowhere.
     Passage<N> passage;
     if constexpr (std::is_same_v<N, double>) {

@@ -177,6 +177,10 @@ __global__ void __launch_bounds__(kMaxRows* kColumns, Occupancy<typename Pass::P
         block.template join<Pass::template State, decltype(number)>(Pass::kFirstDirection + i, column, !outputs);
       __syncthreads();
     };
+    const auto start_carefully = [&] {
+      if (active) careful_states<Pass>(block, row, column);
+      join(0.);
+    };
     bool careful = true;
     if constexpr (Tile::kFast) {
       load_inputs(block, outputs);
@@ -197,12 +201,10 @@ __global__ void __launch_bounds__(kMaxRows* kColumns, Occupancy<typename Pass::P
           }
         }
       } else {
-        if (active) careful_states<Pass>(block, row, column);
-        join(0.);
+        start_carefully();
       }
     } else {
-      if (active) careful_states<Pass>(block, row, column);
-      join(0.);
+      start_carefully();
     }
     if constexpr (outputs) {
       if (careful && active) careful_outputs<Pass>(block, row, column);
@@ -252,7 +254,7 @@ void launch_tiles(const typename Pass::P& p, cudaStream_t stream) {
 // All on the current stream.
 template <typename Pass>
 void run_pass(const typename Pass::P& p) {
-  const int64_t columns = ceil_div(p.channels, kColumns);
+  const int64_t columns = Block<typename Pass::P>::column_blocks(p.channels);
   TORCH_CHECK(columns <= kMaxGridY, "bi_wkv: expected at most ", kMaxGridY * kColumns, " channels on CUDA, got ", p.channels);
   const auto stream = at::cuda::getCurrentCUDAStream();
   decay_kernel<typename Pass::P::scalar_type><<<static_cast<unsigned>(columns), kColumns, 0, stream>>>(p);
