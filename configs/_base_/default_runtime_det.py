@@ -3,5 +3,5 @@ _base_ = ['mmdet::_base_/default_runtime.py']
 custom_imports = dict(imports=['vrwkv_det'], allow_failed_imports=False)
 
 default_hooks = dict(checkpoint=dict(max_keep_ckpts=3))
-# Heads of another number of classes than the data set's would fail in a loss, or not at all.
+# Checks that heads and data set have the same number of classes: a loss may not notice.
 custom_hooks = [dict(type='NumClassCheckHook')]

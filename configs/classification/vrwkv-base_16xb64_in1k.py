@@ -1,6 +1,6 @@
 _base_ = [
+    '../_base_/recipes/imagenet_300e_224.py',
     '../_base_/models/vrwkv/base.py',
-    'mmpretrain::_base_/datasets/imagenet_bs64_swin_224.py',
-    '../_base_/schedules/imagenet_bs1024_adamw_vrwkv.py',
-    '../_base_/default_runtime_cls.py',
 ]
+
+optim_wrapper = dict(optimizer=dict(lr=1e-3, weight_decay=0.05))

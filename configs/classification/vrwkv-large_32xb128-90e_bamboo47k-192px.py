@@ -1,4 +1,4 @@
-# Bamboo-47K. Everything but the number of classes is ours: it is what we have for ImageNet-22K.
+# Bamboo-47K. Only the number of classes is published. The recipe is ours for ImageNet-22K.
 _base_ = ['./vrwkv-large_32xb128-90e_in21k-192px.py']
 
 num_classes = 47338
@@ -6,7 +6,7 @@ num_classes = 47338
 model = dict(head=dict(num_classes=num_classes))
 data_preprocessor = dict(num_classes=num_classes)
 
-# data/bamboo/meta/train.txt has a line '<path of an image in data/bamboo/train> <label>' for each.
+# data/bamboo/meta/train.txt has one line for each image in data/bamboo/train: '<path> <label>'.
 bamboo = dict(_delete_=True, type='CustomDataset', data_root='data/bamboo')
 train_dataloader = dict(
     dataset=dict(

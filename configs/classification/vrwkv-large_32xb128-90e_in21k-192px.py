@@ -1,5 +1,5 @@
-# ImageNet-22K. Epochs, batch and resolution are the paper's; the rates, which neither paper nor
-# upstream's code has, are ours: those of Swin's pre-training, of the same length and batch.
+# ImageNet-22K. Epochs, batch and resolution are the paper's. Neither the paper nor upstream's code
+# has the learning rates. These are ours: Swin's pre-training has the same length and batch.
 _base_ = [
     '../_base_/models/vrwkv/large.py',
     'mmpretrain::_base_/datasets/imagenet21k_bs128.py',
@@ -7,7 +7,7 @@ _base_ = [
     '../_base_/default_runtime_cls.py',
 ]
 
-# Of the fall 2011 release, and not 21,842.
+# Upstream's number for the fall 2011 release (not 21,842).
 num_classes = 21841
 
 model = dict(
@@ -28,13 +28,13 @@ train_pipeline = [
     dict(type='PackInputs'),
 ]
 train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
-# There is no common validation set. The test set is what you held out, and sorted like it.
+# ImageNet-22K has no official validation set. Hold out a test set, in the same class folders.
 val_cfg = None
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(
         type='ResizeEdge',
-        scale=219,  # as 256 for 224
+        scale=219,  # 256 / 224 * 192
         edge='short',
         backend='pillow',
         interpolation='bicubic',

@@ -1,4 +1,4 @@
-# Fine-tunes a Large of ImageNet-22K: vrwkv-large_32xb128-90e_in21k-192px or the released one.
+# Fine-tune a Large of ImageNet-22K: vrwkv-large_32xb128-90e_in21k-192px or the released one.
 _base_ = [
     '../_base_/models/vrwkv/large.py',
     'mmpretrain::_base_/datasets/imagenet_bs64_deit3_384.py',
@@ -6,13 +6,13 @@ _base_ = [
     '../_base_/default_runtime_cls.py',
 ]
 
-# Whose head is that of the 22K classes which are the 1K ones, since a fresh one would hardly learn
-# at this rate: tools/model_converters/subset_head.py writes it.
+# A new head would hardly learn at this rate, so it starts from the rows of the 22K head for the
+# classes of ImageNet-1K. tools/model_converters/subset_head.py writes this file.
 load_from = 'work_dirs/vrwkv-large_32xb128-90e_in21k-192px/in1k.pth'
 
 model = dict(
     backbone=dict(drop_path_rate=0.1),
-    # Half of the batches. Not a list: mmpretrain would append to it, in the config too.
+    # On half of the batches. probs is no list, since mmpretrain would append to it.
     train_cfg=dict(augments=[dict(type='Mixup', alpha=0.8)], probs=0.5),
 )
 

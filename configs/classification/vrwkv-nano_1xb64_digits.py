@@ -1,5 +1,5 @@
 _base_ = [
-    '../_base_/models/vrwkv/tiny.py',
+    '../_base_/models/vrwkv/classifier.py',
     '../_base_/datasets/digits_bs64.py',
     '../_base_/schedules/imagenet_bs1024_adamw_vrwkv.py',
     '../_base_/default_runtime_cls.py',

@@ -1,13 +1,11 @@
-# Fine-tunes the released VRWKV-T on images of your own, in train/<class>/ and val/<class>/.
+# Fine-tune the released VRWKV-T on your own images in train/<class>/ and val/<class>/.
 # Two lines to change:
 data_root = 'data/my_images'
 num_classes = 2
 
 _base_ = [
+    '../_base_/recipes/imagenet_300e_224.py',
     '../_base_/models/vrwkv/tiny.py',
-    'mmpretrain::_base_/datasets/imagenet_bs64_swin_224.py',
-    '../_base_/schedules/imagenet_bs1024_adamw_vrwkv.py',
-    '../_base_/default_runtime_cls.py',
 ]
 
 model = dict(
@@ -30,7 +28,7 @@ val_dataloader = dict(
     dataset=dict(**images, data_prefix='val', pipeline=_base_.test_pipeline),
 )
 test_dataloader = val_dataloader
-val_evaluator = dict(topk=1)  # top-5 says nothing of five classes
+val_evaluator = dict(topk=1)  # top-5 is always right for five classes
 test_evaluator = val_evaluator
 
 # The rates are ours.

@@ -1,9 +1,19 @@
 _base_ = [
-    './mask-rcnn_vit-adapter-small_window_fpn_1x_coco.py',
+    '../_base_/recipes/mask-rcnn_fpn_1x_coco.py',
     '../_base_/models/vit_adapter/base.py',
 ]
 
 model = dict(
-    backbone=_base_.pop('backbone'),
+    backbone=dict(
+        **_base_.pop('backbone'),
+        # Layers 2, 5, 8 and 11 have global attention.
+        window_size=14,
+        window_block_indexes=[0, 1, 3, 4, 6, 7, 9, 10],
+    ),
     neck=dict(in_channels=[768, 768, 768, 768]),
+)
+
+optim_wrapper = dict(
+    optimizer=dict(lr=1e-4, weight_decay=0.05),
+    paramwise_cfg=dict(layer_decay_rate=0.85),
 )

@@ -1,20 +1,26 @@
 _base_ = [
-    '../_base_/models/mask-rcnn_vrwkv-adapter_fpn.py',
+    '../_base_/models/mask-rcnn_adapter_fpn.py',
     '../_base_/datasets/digit_scenes_coco.py',
     '../_base_/schedules/coco_1x_adamw_layer-decay.py',
     '../_base_/default_runtime_det.py',
 ]
 
-# From scratch, on images of 128 pixels with objects of 20 to 45: fewer of everything.
+# From scratch, on images of 128 pixels with objects of 20 to 45: a small model.
 norm_cfg = dict(type='BN')  # SyncBN needs a GPU in each process where there are several
 model = dict(
     backbone=dict(
+        type='VRWKVAdapter',
         img_size=128,
+        patch_size=16,
         embed_dims=48,
         depth=4,
+        init_values=1.0,
         drop_path_rate=0.0,
         conv_inplane=32,
+        n_points=4,
         deform_num_heads=6,
+        deform_ratio=1.0,
+        cffn_ratio=0.25,
         interaction_indexes=[[0, 0], [1, 1], [2, 2], [3, 3]],
         norm_cfg=norm_cfg,
         init_cfg=None,
@@ -55,8 +61,8 @@ model = dict(
 )
 
 optim_wrapper = dict(
-    optimizer=dict(lr=1e-3),
-    paramwise_cfg=dict(layer_decay_rate=1.0),  # nothing pre-trained to keep
+    optimizer=dict(lr=1e-3, weight_decay=0.05),
+    paramwise_cfg=dict(layer_decay_rate=1.0),  # no pre-trained weights to keep
     clip_grad=dict(max_norm=10),
 )
 param_scheduler = [

@@ -1,5 +1,5 @@
 _base_ = [
-    './mask-rcnn_vrwkv-adapter-tiny_fpn_1x_coco.py',
+    '../_base_/recipes/mask-rcnn_fpn_1x_coco.py',
     '../_base_/models/vrwkv_adapter/small.py',
 ]
 
@@ -8,4 +8,7 @@ model = dict(
     neck=dict(in_channels=[384, 384, 384, 384]),
 )
 
-optim_wrapper = dict(optimizer=dict(lr=1e-4, weight_decay=0.05))
+optim_wrapper = dict(
+    optimizer=dict(lr=1e-4, weight_decay=0.05),
+    paramwise_cfg=dict(layer_decay_rate=0.85),
+)

@@ -1,4 +1,4 @@
-_base_ = ['./mask-rcnn_vrwkv-adapter-tiny_fpn_1x_coco.py']
+_base_ = ['../_base_/recipes/mask-rcnn_fpn_1x_coco.py']
 
 # VRWKV without the adapter, with ViTDet's pyramid from its last map.
 model = dict(
@@ -17,4 +17,9 @@ model = dict(
         ),
     ),
     neck=dict(_delete_=True, type='SimpleFPN', in_channels=192, out_channels=256, num_outs=5),
+)
+
+optim_wrapper = dict(
+    optimizer=dict(lr=2e-4, weight_decay=0.01),
+    paramwise_cfg=dict(layer_decay_rate=0.85),
 )

@@ -1,5 +1,5 @@
 _base_ = [
-    './upernet_vit-adapter-small_8xb2-160k_ade20k-512x512.py',
+    '../_base_/recipes/upernet_160k_ade20k-512x512.py',
     '../_base_/models/vit_adapter/base.py',
 ]
 
@@ -9,4 +9,7 @@ model = dict(
     auxiliary_head=dict(in_channels=768),
 )
 
-optim_wrapper = dict(paramwise_cfg=dict(layer_decay_rate=0.8))
+optim_wrapper = dict(
+    optimizer=dict(lr=6e-5, weight_decay=0.01),
+    paramwise_cfg=dict(layer_decay_rate=0.8),
+)

@@ -1,6 +1,15 @@
 _base_ = [
-    '../_base_/models/upernet_vit-adapter.py',
-    '../_base_/datasets/ade20k_512x512.py',
-    '../_base_/schedules/schedule_160k_adamw_layer-decay.py',
-    '../_base_/default_runtime_seg.py',
+    '../_base_/recipes/upernet_160k_ade20k-512x512.py',
+    '../_base_/models/vit_adapter/tiny.py',
 ]
+
+model = dict(
+    backbone=_base_.pop('backbone'),
+    decode_head=dict(in_channels=[192, 192, 192, 192]),
+    auxiliary_head=dict(in_channels=192),
+)
+
+optim_wrapper = dict(
+    optimizer=dict(lr=12e-5, weight_decay=0.01),
+    paramwise_cfg=dict(layer_decay_rate=0.95),
+)

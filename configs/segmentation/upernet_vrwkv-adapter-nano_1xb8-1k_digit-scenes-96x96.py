@@ -1,21 +1,28 @@
 _base_ = [
-    '../_base_/models/upernet_vrwkv-adapter.py',
+    '../_base_/models/upernet_adapter.py',
     '../_base_/datasets/digit_scenes_ade20k.py',
     '../_base_/schedules/schedule_160k_adamw_layer-decay.py',
     '../_base_/default_runtime_seg.py',
 ]
 
-# From scratch, on images of 96 pixels with digits of 24 to 48: fewer of everything.
+# From scratch, on images of 96 pixels with digits of 24 to 48: a small model.
 norm_cfg = dict(type='BN', requires_grad=True)  # SyncBN needs a GPU in each of several processes
 class_weight = [0.2] + [1.0] * 10  # most pixels are background, and soon easy
 model = dict(
     data_preprocessor=dict(size=(96, 96)),
     backbone=dict(
+        type='VRWKVAdapter',
         img_size=96,
+        patch_size=16,
         embed_dims=48,
         depth=4,
+        init_values=1.0,
         drop_path_rate=0.0,
         conv_inplane=32,
+        n_points=4,
+        deform_num_heads=6,
+        deform_ratio=1.0,
+        cffn_ratio=0.25,
         interaction_indexes=[[0, 0], [1, 1], [2, 2], [3, 3]],
         norm_cfg=norm_cfg,
         init_cfg=None,
@@ -39,8 +46,8 @@ model = dict(
 
 optim_wrapper = dict(
     type='OptimWrapper',
-    optimizer=dict(lr=2e-3),
-    paramwise_cfg=dict(layer_decay_rate=1.0),  # nothing pre-trained to keep
+    optimizer=dict(lr=2e-3, weight_decay=0.01),
+    paramwise_cfg=dict(layer_decay_rate=1.0),  # no pre-trained weights to keep
 )
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, begin=0, end=50, by_epoch=False),

@@ -4,12 +4,12 @@ test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=(2048, 512), keep_ratio=True),
     dict(type='ResizeToMultiple', size_divisor=32),
-    # After the resizing: what is compared is of the original size.
+    # After the resizing, so that the label map keeps its original size for the metric.
     dict(type='LoadAnnotations'),
     dict(type='PackSegInputs'),
 ]
 
-# tools/test.py --tta. mmseg's own scales the original images, and not (2048, 512), by the ratios.
+# For tools/test.py --tta. mmseg's pipeline scales the original image, and not (2048, 512).
 img_ratios = [0.5, 0.75, 1.0, 1.25, 1.5, 1.75]
 tta_pipeline = [
     dict(type='LoadImageFromFile'),
@@ -31,7 +31,7 @@ tta_pipeline = [
     ),
 ]
 
-# mmseg's data set, which also refuses labels that do not belong to its classes.
+# mmseg's data set with checks of images and label maps.
 train_dataloader = dict(batch_size=2, dataset=dict(type='CheckedADE20KDataset'))
 val_dataloader = dict(dataset=dict(type='CheckedADE20KDataset', pipeline=test_pipeline))
 test_dataloader = val_dataloader

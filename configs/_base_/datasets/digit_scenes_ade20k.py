@@ -1,7 +1,7 @@
 # Handwritten digits on photographs, in ADE20K's folders; demo/digit_scenes.py writes them.
 dataset_type = 'CheckedSegDataset'
 data_root = 'data/digit_scenes_ade20k'
-# White and large, so that a training of minutes learns which pixels are which digit's.
+# White and large digits, so that minutes of training are enough.
 digit_scenes = dict(train=2000, val=100, size=96, seed=0, digits=(4, 8), sides=(4, 3), white=True)
 metainfo = dict(
     classes=('background', *'0123456789'),
@@ -11,8 +11,8 @@ metainfo = dict(
     ],
 )  # fmt: skip
 
-# Neither flips, since a digit is another sign in a mirror, nor any other change: place and size of
-# the digits are random already.
+# No flips, since a mirrored digit is another sign, and no other augmentation: places and sizes are
+# random already.
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations'),

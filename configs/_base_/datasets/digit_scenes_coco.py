@@ -7,7 +7,7 @@ metainfo = dict(classes=tuple('0123456789'))
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
-    # No flips: a digit is another sign, or none, in a mirror.
+    # No flips: a mirrored digit is another sign.
     dict(type='PhotoMetricDistortion'),
     dict(type='PackDetInputs'),
 ]

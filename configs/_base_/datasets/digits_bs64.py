@@ -10,7 +10,7 @@ data_preprocessor = dict(
 
 train_pipeline = [
     dict(type='LoadImageFromFile'),
-    # No flips: a digit is another sign, or none, in a mirror.
+    # No flips: a mirrored digit is another sign.
     dict(
         type='RandAugment',
         policies=[

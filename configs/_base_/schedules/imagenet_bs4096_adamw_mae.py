@@ -1,7 +1,8 @@
+# A config adds lr and weight_decay to the optimizer.
 optim_wrapper = dict(
     type='OptimWrapper',
-    optimizer=dict(type='AdamW', lr=1.5e-4 * 4096 / 256, betas=(0.9, 0.95), weight_decay=0.05),
-    # As in MAE's own code: vectors have no weight decay, nor have positions and the mask token.
+    optimizer=dict(type='AdamW', betas=(0.9, 0.95)),
+    # As in MAE's code: vectors, positions and the mask token have no weight decay.
     paramwise_cfg=dict(
         norm_decay_mult=0.0,
         bias_decay_mult=0.0,

@@ -1,11 +1,11 @@
 _base_ = ['mmseg::_base_/schedules/schedule_160k.py']
 
-# Of Tiny. Mixed precision: in bfloat16 where there is no GPU.
+# Mixed precision, in bfloat16 on a machine without a GPU.
+# A config adds lr and weight_decay to the optimizer, and layer_decay_rate to paramwise_cfg.
 optim_wrapper = dict(
     type='AmpOptimWrapper',
     constructor='LayerDecayOptimWrapperConstructor',
-    optimizer=dict(_delete_=True, type='AdamW', lr=12e-5, weight_decay=0.01),
-    paramwise_cfg=dict(layer_decay_rate=0.95),
+    optimizer=dict(_delete_=True, type='AdamW'),
 )
 
 param_scheduler = [
@@ -14,5 +14,5 @@ param_scheduler = [
 ]
 auto_scale_lr = dict(base_batch_size=16)
 
-# mmseg's interval is a tenth of the training.
+# mmseg saves once in 16,000 iterations.
 default_hooks = dict(checkpoint=dict(interval=2000, max_keep_ckpts=2, save_best='mIoU'))

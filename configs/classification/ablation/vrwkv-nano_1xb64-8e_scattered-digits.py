@@ -1,4 +1,4 @@
-# What demo/ablation_digits.py trains in each of the five variants: digits at random places.
+# demo/ablation_digits.py trains five variants of this: digits at random places.
 _base_ = ['../vrwkv-nano_1xb64_digits.py']
 
 model = dict(
@@ -7,7 +7,7 @@ model = dict(
 )
 
 data_root = 'data/scattered_digits'
-# Places and sizes vary as it is.
+# No augmentation: places and sizes vary already.
 train_dataloader = dict(dataset=dict(data_root=data_root, pipeline=_base_.test_pipeline))
 val_dataloader = dict(dataset=dict(data_root=data_root))
 test_dataloader = dict(dataset=dict(data_root=data_root))

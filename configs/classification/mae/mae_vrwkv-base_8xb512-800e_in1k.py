@@ -1,6 +1,8 @@
-_base_ = [
-    '../../_base_/models/vrwkv/mae_base.py',
-    'mmpretrain::_base_/datasets/imagenet_bs512_mae.py',
-    '../../_base_/schedules/imagenet_bs4096_adamw_mae.py',
-    '../../_base_/default_runtime_cls.py',
-]
+_base_ = ['../../_base_/recipes/mae_800e_in1k.py']
+
+model = dict(
+    backbone=dict(embed_dims=768, depth=12),
+    neck=dict(embed_dims=768),
+)
+
+optim_wrapper = dict(optimizer=dict(lr=1.5e-4 * 4096 / 256, weight_decay=0.05))

@@ -1,6 +1,6 @@
-# The rate is ours: neither paper nor upstream's code has one for Large. It is that of Base, as MAE
-# has one for all sizes.
-_base_ = ['./mae_vrwkv-base_8xb512-800e_in1k.py']
+# Neither the paper nor upstream's code has a learning rate for Large. This one is ours: the rate of
+# Base, since MAE has one rate for all sizes.
+_base_ = ['../../_base_/recipes/mae_800e_in1k.py']
 
 model = dict(
     backbone=dict(embed_dims=1024, depth=24),
@@ -8,3 +8,5 @@ model = dict(
 )
 
 train_dataloader = dict(batch_size=256)
+
+optim_wrapper = dict(optimizer=dict(lr=1.5e-4 * 4096 / 256, weight_decay=0.05))

@@ -1,11 +1,11 @@
 _base_ = [
-    '../../_base_/models/vrwkv/mae_base.py',
+    '../../_base_/models/vrwkv/mae.py',
     '../../_base_/datasets/digits_bs64.py',
     '../../_base_/schedules/imagenet_bs4096_adamw_mae.py',
     '../../_base_/default_runtime_cls.py',
 ]
 
-# A patch is a pixel of the digits as scikit-learn has them.
+# A patch is one pixel of scikit-learn's digits, which are enlarged four times.
 model = dict(
     backbone=dict(
         img_size=32,
@@ -43,7 +43,7 @@ train_dataloader = dict(dataset=dict(with_label=False))
 val_dataloader = val_evaluator = val_cfg = None
 test_dataloader = test_evaluator = test_cfg = None
 
-optim_wrapper = dict(optimizer=dict(lr=2e-3))
+optim_wrapper = dict(optimizer=dict(lr=2e-3, weight_decay=0.05))
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-2, by_epoch=True, end=3, convert_to_iter_based=True),
     dict(type='CosineAnnealingLR', by_epoch=True, begin=3, convert_to_iter_based=True),

@@ -1,37 +1,19 @@
-# The paper has no rates for fine-tuning straight after MAE: these are MAE's own, for ViT-B.
-_base_ = ['../vrwkv-base_16xb64_in1k.py']
+_base_ = ['../../_base_/recipes/mae_finetune_in1k.py']
 
 model = dict(
     backbone=dict(
-        key_norm=True,  # as in the pre-training
+        embed_dims=768,
+        depth=12,
         drop_path_rate=0.1,
-        init_cfg=dict(
-            type='Pretrained',
-            checkpoint='work_dirs/mae_vrwkv-base_8xb512-800e_in1k/epoch_800.pth',
-            prefix='backbone.',
-        ),
+        init_cfg=dict(checkpoint='work_dirs/mae_vrwkv-base_8xb512-800e_in1k/epoch_800.pth'),
     ),
-    head=dict(init_cfg=dict(std=2e-5)),
+    head=dict(in_channels=768),
 )
 
 train_dataloader = dict(batch_size=128)
 
 optim_wrapper = dict(
-    optimizer=dict(lr=5e-4 * 1024 / 256),
-    clip_grad=None,
-    constructor='LearningRateDecayOptimWrapperConstructor',
-    # With layer decay, vectors have no weight decay.
-    paramwise_cfg=dict(layer_decay_rate=0.65, flat_decay_mult=0.0),
+    optimizer=dict(lr=5e-4 * 1024 / 256, weight_decay=0.05),
+    paramwise_cfg=dict(layer_decay_rate=0.65),
 )
-
-param_scheduler = [
-    dict(type='LinearLR', start_factor=1e-4, by_epoch=True, end=5, convert_to_iter_based=True),
-    dict(
-        type='CosineAnnealingLR',
-        eta_min=1e-6,
-        by_epoch=True,
-        begin=5,
-        convert_to_iter_based=True,
-    ),
-]
 train_cfg = dict(max_epochs=100)

@@ -1,5 +1,4 @@
-# MAE's own recipe, as for Base.
-_base_ = ['./vrwkv-base_mae-pre_8xb2048-linear-90e_in1k.py']
+_base_ = ['../../_base_/recipes/mae_linear_90e_in1k.py']
 
 model = dict(
     backbone=dict(

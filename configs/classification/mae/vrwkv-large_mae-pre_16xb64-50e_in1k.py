@@ -1,5 +1,4 @@
-# As for Base: MAE's own rates, for ViT-L.
-_base_ = ['./vrwkv-base_mae-pre_8xb128-100e_in1k.py']
+_base_ = ['../../_base_/recipes/mae_finetune_in1k.py']
 
 model = dict(
     backbone=dict(
@@ -14,7 +13,7 @@ model = dict(
 train_dataloader = dict(batch_size=64)
 
 optim_wrapper = dict(
-    optimizer=dict(lr=1e-3 * 1024 / 256),
+    optimizer=dict(lr=1e-3 * 1024 / 256, weight_decay=0.05),
     paramwise_cfg=dict(layer_decay_rate=0.75),
 )
 train_cfg = dict(max_epochs=50)

@@ -1,4 +1,4 @@
-_base_ = ['./small.py']
+_base_ = ['./adapter.py']
 
 backbone = dict(
     embed_dims=768,

@@ -1,9 +1,11 @@
-_base_ = ['../vrwkv_adapter/tiny.py']
+_base_ = ['./adapter.py']
 
-# The paper's baseline, with global attention in every layer.
 backbone = dict(
-    type='ViTAdapter',
+    embed_dims=192,
     num_heads=3,
+    drop_path_rate=0.1,
+    deform_num_heads=6,
+    deform_ratio=1.0,
     init_cfg=dict(
         checkpoint='https://download.openmmlab.com/mmclassification/v0/deit/deit-tiny_pt-4xb256_in1k_20220218-13b382a0.pth'
     ),

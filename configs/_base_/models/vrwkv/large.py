@@ -1,14 +1,9 @@
-_base_ = ['./tiny.py']
+_base_ = ['./classifier.py']
 
 model = dict(
+    # The image size of the pre-training; forward resizes the position embedding.
     backbone=dict(
-        # Of the pre-training; the position embedding is resized in forward.
-        img_size=192,
-        embed_dims=1024,
-        depth=24,
-        init_values=1e-5,
-        post_norm=True,
-        key_norm=True,
+        img_size=192, embed_dims=1024, depth=24, init_values=1e-5, post_norm=True, key_norm=True
     ),
     head=dict(
         type='StackedLinearClsHead',

@@ -1,18 +1,3 @@
-model = dict(
-    type='ImageClassifier',
-    backbone=dict(
-        type='VRWKV',
-        img_size=224,
-        patch_size=16,
-        embed_dims=192,
-        depth=12,
-    ),
-    neck=dict(type='GlobalAveragePooling'),
-    head=dict(
-        type='LinearClsHead',
-        num_classes=1000,
-        in_channels=192,
-        init_cfg=dict(type='TruncNormal', layer='Linear', std=0.02),
-        loss=dict(type='LabelSmoothLoss', label_smooth_val=0.1, mode='original'),
-    ),
-)
+_base_ = ['./classifier.py']
+
+model = dict(backbone=dict(embed_dims=192, depth=12), head=dict(in_channels=192))

@@ -1,3 +1,4 @@
+# MAE. A config adds the width and the depth of the encoder.
 model = dict(
     type='MAE',
     backbone=dict(
@@ -5,8 +6,6 @@ model = dict(
         img_size=224,
         patch_size=16,
         mask_ratio=0.75,
-        embed_dims=768,
-        depth=12,
         drop_path_rate=0.1,
         init_values=1e-5,
         post_norm=True,
@@ -16,7 +15,6 @@ model = dict(
         type='MAEVRWKVDecoder',
         num_patches=196,
         patch_size=16,
-        embed_dims=768,
         decoder_embed_dims=512,
         decoder_depth=8,
         drop_path_rate=0.1,
@@ -27,7 +25,7 @@ model = dict(
     head=dict(
         type='MAEPretrainHead',
         patch_size=16,
-        # Raw pixels are the targets; True takes each patch less its mean, over its deviation.
+        # The targets are raw pixels. With True, each patch is normalised by its mean and deviation.
         norm_pix=False,
         loss=dict(type='PixelReconstructionLoss', criterion='L2'),
     ),
