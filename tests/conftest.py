@@ -19,6 +19,10 @@ from mmengine.registry import DefaultScope
 from mmengine.visualization import Visualizer
 from PIL import Image
 
+from vrwkv.mmcv_ops import serve_mmcv_ops
+
+serve_mmcv_ops()  # before any test file imports mmdet or mmseg
+
 
 def pytest_configure(config):
     torch.set_num_threads(min(torch.get_num_threads(), 2))

@@ -1,21 +1,18 @@
-"""What a task package says where a package that it needs is missing."""
+"""Errors for packages that are missing or do not fit, each with the line to type."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_MMCV = (
-    'pip uninstall -y mmcv-lite mmcv && pip install --no-build-isolation mmcv==2.1.0 '
-    '(mmcv-lite installs the same folder without the operators; see docs/install.md)'
-)
+from .mmcv_ops import EXTENSION, how_to_compile, how_to_install
 
 
 @contextmanager
 def explain_missing(package: str, extra: str, brings: tuple[str, ...]) -> Iterator[None]:
-    """Say how to install what an import in the block lacks, if this project knows it.
+    """Say how to install a package whose import fails in the block, if this project knows it.
 
     Args:
-        package: The package that imports.
-        extra: The extra of the distribution that it needs.
+        package: The package or class that imports.
+        extra: The extra of this project's distribution that it needs.
         brings: The packages that come with the extra.
 
     Raises:
@@ -24,13 +21,18 @@ def explain_missing(package: str, extra: str, brings: tuple[str, ...]) -> Iterat
     try:
         yield
     except ImportError as error:
-        remedies = {
-            'vrwkv_ops': 'pip install ./vrwkv_ops',
-            'mmcv': _MMCV,
-            'mmcv._ext': _MMCV,
-            **dict.fromkeys(brings, f"pip install -e '.[{extra}]'"),
-        }
+        if error.name == EXTENSION:
+            raise ImportError(
+                f'{package} needs mmcv, whose compiled operators do not load ({error}): they were '
+                f'compiled for another PyTorch. Compile them again: {how_to_compile()}, or work '
+                f'without them: {how_to_install()}',
+                name=error.name,
+            ) from error
         # In the root of the checkout, the folder vrwkv_ops counts as an empty package of that name.
+        remedies = {
+            **dict.fromkeys(brings, f"pip install -e '.[{extra}]'"),
+            'vrwkv_ops': 'pip install ./vrwkv_ops',
+        }
         if error.name not in remedies:
             raise
         raise ImportError(
@@ -38,3 +40,7 @@ def explain_missing(package: str, extra: str, brings: tuple[str, ...]) -> Iterat
             f'In the root of the Vision-RWKV checkout: {remedies[error.name]}',
             name=error.name,
         ) from error
+    except AssertionError as error:  # of mmdet, mmseg or mmpretrain
+        if 'is used but incompatible' not in str(error):
+            raise
+        raise ImportError(f'{package}: {error} Type: {how_to_install()}') from error

@@ -4,8 +4,10 @@ A config does so with ``custom_imports = dict(imports=['vrwkv_det'], allow_faile
 """
 
 from vrwkv._imports import explain_missing
+from vrwkv.mmcv_ops import serve_mmcv_ops
 
-with explain_missing('vrwkv_det', extra='detection', brings=('mmdet',)):
+with explain_missing('vrwkv_det', extra='detection', brings=('mmdet', 'mmcv')):
+    serve_mmcv_ops()
     import vrwkv.engine  # noqa: F401 (safe checkpoint loading, onedl)
 
     from . import datasets, models, precision  # noqa: F401

@@ -4,9 +4,11 @@ A config does so with ``custom_imports = dict(imports=['vrwkv_seg'], allow_faile
 """
 
 from vrwkv._imports import explain_missing
+from vrwkv.mmcv_ops import serve_mmcv_ops
 
 # mmseg imports ftfy and regex without declaring them.
-with explain_missing('vrwkv_seg', extra='segmentation', brings=('mmseg', 'ftfy', 'regex')):
+with explain_missing('vrwkv_seg', extra='segmentation', brings=('mmseg', 'mmcv', 'ftfy', 'regex')):
+    serve_mmcv_ops()
     import vrwkv.engine  # noqa: F401 (safe checkpoint loading, onedl)
 
     from . import datasets, hooks, models  # noqa: F401

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._imports import explain_missing
 from ..layers._checks import check_choice, check_int
 from ..layers.adapter import (
     DeformableInputs,
@@ -17,20 +18,13 @@ from ..layers.adapter import (
     SpatialPriorModule,
     init_adapter_weights,
 )
+from ..mmcv_ops import serve_mmcv_ops
 from .vrwkv import VRWKV
 
-try:
+with explain_missing('the adapter', extra='detection', brings=('mmcv',)):
+    serve_mmcv_ops()
     from mmcv.cnn import build_norm_layer
     from mmcv.ops import MultiScaleDeformableAttention
-except ModuleNotFoundError as error:
-    if error.name not in ('mmcv', 'mmcv._ext'):
-        raise
-    raise ImportError(
-        f'the adapters need mmcv with its compiled operators, but there is no {error.name}. '
-        "mmcv-lite has none, and installs the same 'mmcv' folder, so replace it: "
-        "'pip uninstall mmcv-lite mmcv', then 'pip install mmcv'",
-        name=error.name,
-    ) from error
 
 FUSE_MODES = ('last', 'stages')
 PATCH_SIZE = 16

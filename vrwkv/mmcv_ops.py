@@ -1,0 +1,263 @@
+"""The operators of mmcv that this project and common detectors need, without compiled mmcv.
+
+mmcv-lite, and onedl-mmcv built without operators, lack the extension module ``mmcv._ext``, so
+``mmcv.ops`` and with it mmdet and mmseg cannot be imported. :func:`serve_mmcv_ops` offers a module
+of that name where there is none:
+
+* non-maximum suppression and RoIAlign (average pooling) are torchvision's, with the same results;
+* deformable attention is mmcv's own PyTorch function, on GPUs too;
+* the sigmoid focal loss, which mmdet and mmseg use on GPUs only, is torchvision's;
+* every other operator raises an error when it is called.
+
+Compiled mmcv always takes precedence.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+EXTENSION = 'mmcv._ext'
+DISTRIBUTIONS = ('mmcv', 'mmcv-lite', 'onedl-mmcv')  # all install the same folder
+_UNINSTALL = f'pip uninstall -y {" ".join(DISTRIBUTIONS)}'
+SERVED = (
+    'nms and RoIAlign are those of torchvision, deformable attention and the sigmoid focal loss '
+    'run in PyTorch, and other operators raise an error'
+)
+
+
+def installed() -> dict[str, str]:
+    """Return the version of each installed distribution of mmcv."""
+    versions = {}
+    for name in DISTRIBUTIONS:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def how_to_compile() -> str:
+    """Return the line to type for compiled mmcv."""
+    package = 'onedl-mmcv' if 'onedl-mmcv' in installed() else 'mmcv==2.1.0'
+    return (
+        f"make install-mmcv (in another environment: {_UNINSTALL}; pip install 'setuptools<81' "
+        f'wheel ninja psutil && pip install --no-build-isolation --no-cache-dir {package})'
+    )
+
+
+def how_to_install() -> str:
+    """Return the line to type for mmcv without compiled operators."""
+    return f'{_UNINSTALL}; pip install mmcv-lite==2.1.0'
+
+
+def _nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Tensor:
+    # As mmcv does: sort once (ties fall where they fall), compare with a threshold in float32.
+    order = scores.sort(0, descending=True).indices
+    boxes = boxes[order].float() + boxes.new_tensor([0, 0, offset, offset], dtype=torch.float32)
+    rank = torch.arange(len(order), 0, -1, dtype=torch.float32, device=boxes.device)
+    threshold = torch.tensor(iou_threshold, dtype=torch.float32).item()
+    return order[torch.ops.torchvision.nms(boxes, rank, threshold)]
+
+
+def _roi_align_forward(
+    input: Tensor,
+    rois: Tensor,
+    output: Tensor,
+    argmax_y: Tensor,
+    argmax_x: Tensor,
+    aligned_height: int,
+    aligned_width: int,
+    spatial_scale: float,
+    sampling_ratio: int,
+    pool_mode: int,
+    aligned: bool,
+) -> None:
+    if pool_mode != 1:
+        _unavailable("RoIAlign with pool_mode='max'")
+    shape = (aligned_height, aligned_width)
+    arguments = (input, rois, spatial_scale, *shape, sampling_ratio, aligned)
+    output.copy_(torch.ops.torchvision.roi_align(*arguments))
+
+
+def _roi_align_backward(
+    grad_output: Tensor,
+    rois: Tensor,
+    argmax_y: Tensor,
+    argmax_x: Tensor,
+    grad_input: Tensor,
+    aligned_height: int,
+    aligned_width: int,
+    spatial_scale: float,
+    sampling_ratio: int,
+    pool_mode: int,
+    aligned: bool,
+) -> None:
+    shape = (aligned_height, aligned_width, *grad_input.shape)
+    arguments = (grad_output, rois, spatial_scale, *shape, sampling_ratio, aligned)
+    grad_input.copy_(torch.ops.torchvision._roi_align_backward(*arguments))
+
+
+def _backward(
+    function: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    grad_output: Tensor | None,
+    grad_inputs: Sequence[Tensor],
+) -> None:
+    """Compute the function once more, and write the gradients of its inputs."""
+    inputs = [tensor.detach().requires_grad_() for tensor in inputs]
+    with torch.enable_grad():
+        output = function(*inputs)
+    if grad_output is None:
+        grad_output = torch.ones_like(output)
+    for buffer, grad in zip(
+        grad_inputs, torch.autograd.grad(output, inputs, grad_output), strict=True
+    ):
+        buffer.copy_(grad)
+
+
+def _ms_deform_attn_forward(
+    value: Tensor,
+    shapes: Tensor,
+    level_start_index: Tensor,
+    locations: Tensor,
+    weights: Tensor,
+    im2col_step: int,
+) -> Tensor:
+    from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
+
+    with torch.autocast(value.device.type, enabled=False):
+        return multi_scale_deformable_attn_pytorch(value, shapes, locations, weights)
+
+
+def _ms_deform_attn_backward(
+    value: Tensor,
+    shapes: Tensor,
+    level_start_index: Tensor,
+    locations: Tensor,
+    weights: Tensor,
+    grad_output: Tensor,
+    grad_value: Tensor,
+    grad_locations: Tensor,
+    grad_weights: Tensor,
+    im2col_step: int,
+) -> None:
+    def forward(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+        return _ms_deform_attn_forward(
+            value, shapes, level_start_index, locations, weights, im2col_step
+        )
+
+    buffers = (grad_value, grad_locations, grad_weights)
+    _backward(forward, (value, locations, weights), grad_output, buffers)
+
+
+def _focal_loss(target: Tensor, weight: Tensor, gamma: float, alpha: float) -> Callable:
+    from torchvision.ops import sigmoid_focal_loss
+
+    if weight.numel():
+        _unavailable('sigmoid_focal_loss with class weights')
+
+    def loss(logits: Tensor) -> Tensor:
+        classes = torch.arange(logits.shape[1], device=logits.device)
+        one_hot = (target[:, None] == classes).to(logits.dtype)
+        return sigmoid_focal_loss(logits, one_hot, alpha, gamma)
+
+    return loss
+
+
+def _sigmoid_focal_loss_forward(
+    input: Tensor, target: Tensor, weight: Tensor, output: Tensor, gamma: float, alpha: float
+) -> None:
+    output.copy_(_focal_loss(target, weight, gamma, alpha)(input))
+
+
+def _sigmoid_focal_loss_backward(
+    input: Tensor, target: Tensor, weight: Tensor, grad_input: Tensor, gamma: float, alpha: float
+) -> None:
+    _backward(_focal_loss(target, weight, gamma, alpha), [input], None, [grad_input])
+
+
+def _unavailable(name: str) -> None:
+    raise NotImplementedError(
+        f'{name} needs compiled mmcv, and this environment has '
+        f'{" and ".join(installed()) or "mmcv"} without compiled operators ({SERVED}). '
+        f'To compile mmcv: {how_to_compile()}'
+    )
+
+
+class _Extension(ModuleType):
+    """Stand in for the compiled ``mmcv._ext``."""
+
+    nms = staticmethod(_nms)
+    roi_align_forward = staticmethod(_roi_align_forward)
+    roi_align_backward = staticmethod(_roi_align_backward)
+    ms_deform_attn_forward = staticmethod(_ms_deform_attn_forward)
+    ms_deform_attn_backward = staticmethod(_ms_deform_attn_backward)
+    sigmoid_focal_loss_forward = staticmethod(_sigmoid_focal_loss_forward)
+    sigmoid_focal_loss_backward = staticmethod(_sigmoid_focal_loss_backward)
+    # mmcv's and mmdet's reports of the environment ask for these.
+    get_compiler_version = staticmethod(lambda: 'not compiled')
+    get_compiling_cuda_version = staticmethod(lambda: 'not available')
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        if name.startswith('__'):
+            raise AttributeError(name)
+
+        def operator(*args: Any, **kwargs: Any) -> None:
+            _unavailable(f'the operator {name} of mmcv')
+
+        return operator
+
+
+class _Finder(MetaPathFinder, Loader):
+    """Find :class:`_Extension` where all other finders have found no ``mmcv._ext``."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        return ModuleSpec(name, self, origin=__name__) if name == EXTENSION else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return _Extension(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        from mmengine.logging import print_log
+
+        try:
+            import torchvision  # noqa: F401 (registers the operators)
+        except (ImportError, RuntimeError) as error:
+            minor = int(torch.__version__.split('.')[1])
+            raise ImportError(
+                f'mmcv has no compiled operators here, and torchvision, which would stand in, does '
+                f'not work with PyTorch {torch.__version__} ({error}). Type: pip install '
+                f'--force-reinstall --no-deps torchvision==0.{minor + 15}.*',
+                name='torchvision',
+            ) from error
+        print_log(f'mmcv has no compiled operators: {SERVED}.', 'current', logging.INFO)
+
+
+def serve_mmcv_ops() -> None:
+    """Make ``mmcv.ops`` importable where mmcv has no compiled operators.
+
+    Call it before anything imports ``mmcv.ops``; calling it again changes nothing.
+
+    Raises:
+        ImportError: If several distributions of mmcv are installed: they share one folder.
+    """
+    if any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        return
+    versions = installed()
+    if len(versions) > 1:
+        raise ImportError(
+            f'{" and ".join(f"{k} {v}" for k, v in versions.items())} are installed over each '
+            f'other, in the same folder. Type: {how_to_install()} (or compile mmcv: '
+            f'{how_to_compile()})'
+        )
+    sys.meta_path.append(_Finder())
