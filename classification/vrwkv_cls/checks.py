@@ -13,8 +13,7 @@ from mmpretrain.models.heads import ClsHead
 from mmpretrain.registry import HOOKS
 from torch import Tensor, nn
 
-from vrwkv.backbones.vrwkv import rename_mlp_head
-from vrwkv.engine import CheckpointError
+from vrwkv.weights import require_head_fit
 
 _load_state_dict = mmengine_checkpoint.load_state_dict
 
@@ -36,30 +35,8 @@ def load_state_dict(module: nn.Module, state_dict: Mapping[str, Tensor], *args, 
     inner = module.module if is_model_wrapper(module) else module
     head = getattr(inner, 'head', None)
     if isinstance(head, ClsHead):
-        loaded = dict(state_dict)
-        rename_mlp_head(loaded)
-        for name, own in head.named_parameters(prefix='head'):
-            if name in loaded and loaded[name].shape != own.shape:
-                raise CheckpointError(_explain(name, loaded[name], own, head.num_classes))
+        require_head_fit(head, state_dict)
     _load_state_dict(module, state_dict, *args, **kwargs)
-
-
-def _explain(name: str, theirs: Tensor, own: Tensor, num_classes: int) -> str:
-    remedy = (
-        "To fine-tune, load the backbone alone: model.backbone.init_cfg=dict(type='Pretrained', "
-        "checkpoint=..., prefix='backbone.')"
-    )
-    if theirs.shape[1:] == own.shape[1:] and own.shape[0] == num_classes:
-        return (
-            f'the checkpoint is of a classifier with {theirs.shape[0]} classes, but the model has '
-            f'num_classes={num_classes} ({name}). To test, use the config that it was trained '
-            f'with. {remedy}, or take over the rows of known classes: '
-            'tools/model_converters/subset_head.py'
-        )
-    return (
-        f"the checkpoint's head is another one: {name} has the shape {tuple(theirs.shape)} there, "
-        f'and {tuple(own.shape)} in the model. {remedy}'
-    )
 
 
 @HOOKS.register_module()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vrwkv.backbones import VRWKV
 from vrwkv.layers import VRWKVLayer, resize_pos_embed
 from vrwkv.layers._checks import check_choice, check_int, check_number, check_rate
+from vrwkv.weights import LOAD_BACKBONE, require_fit
 
 # Q-Shift needs a grid, which masked tokens do not have.
 SHIFT_MODES = ('double_shift', 'single_shift', 'none')
@@ -246,34 +247,7 @@ class MAEVRWKVDecoder(BaseModule):
     def _load_from_state_dict(
         self, state_dict: dict[str, Tensor], prefix: str, *args, **kwargs
     ) -> None:
-        """Raise an error, with mmengine too, where the weights are another decoder's."""
-        loaded = {
-            key.removeprefix(prefix): value
-            for key, value in state_dict.items()
-            if key.startswith(prefix)
-        }
-        theirs, ours = (
-            {
-                'decoder_depth': len({k.split('.')[1] for k in params if 'decoder_blocks.' in k}),
-                **{
-                    name: tuple(params[name].shape) if name in params else None
-                    for name in ('decoder_embed.weight', 'decoder_pos_embed', 'decoder_pred.weight')
-                },
-            }
-            for params in (loaded, dict(self.named_parameters()))
-        )
-        differing = [
-            f'{key}: {theirs[key]} (here {value})'
-            for key, value in ours.items()
-            if theirs[key] != value
-        ]
-        if differing:
-            raise RuntimeError(
-                f'the state dict holds another decoder, or none, under {prefix!r}: '
-                f'{"; ".join(differing)}. Build the decoder with the arguments of the checkpoint, '
-                "or load the encoder alone: model.backbone.init_cfg=dict(type='Pretrained', "
-                "checkpoint=..., prefix='backbone.')"
-            )
+        require_fit(self, state_dict, prefix, f'To load the encoder alone: {LOAD_BACKBONE}')
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
@@ -293,35 +267,6 @@ class FrozenVRWKV(VRWKV):
     def train(self, mode: bool = True) -> FrozenVRWKV:
         """Stay in evaluation mode, whatever ``mode``: without dropout and drop path."""
         return super().train(False)
-
-
-def from_upstream(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the weights of upstream's MAE to those of mmpretrain's ``MAE`` around these classes.
-
-    Args:
-        state_dict: Weights under upstream's names (``blocks.N``, ``decoder_blocks.N``, ...).
-
-    Returns:
-        The same weights under ``backbone.`` and ``neck.``.
-
-    Raises:
-        ValueError: If they are not those of upstream's MAE.
-    """
-    if 'blocks.0.att.spatial_decay' not in state_dict:
-        raise ValueError(
-            "not the weights of upstream's VRWKV MAE: there is no 'blocks.0.att.spatial_decay' "
-            f'among the keys {list(state_dict)[:3]}...'
-        )
-    renamed = {}
-    for name, value in state_dict.items():
-        module = name.partition('.')[0]
-        if module in ('pos_embed', 'patch_embed', 'ln1'):
-            renamed[f'backbone.{name}'] = value
-        elif module == 'blocks':
-            renamed[f'backbone.layers.{name.removeprefix("blocks.")}'] = value
-        else:
-            renamed[f'neck.{name}'] = value
-    return renamed
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:

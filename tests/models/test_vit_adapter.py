@@ -191,8 +191,16 @@ def test_wrong_arguments(kwargs, error, message):
         ViT(**(SMALL | kwargs))
 
 
-@pytest.mark.parametrize('dims', [None, 48])
-def test_refuses_another_models_weights(dims):
-    state_dict = ViT(**(SMALL | dict(embed_dims=dims))).state_dict() if dims else {'fc.weight': 1}
-    with pytest.raises(RuntimeError, match=r"does not fit this ViT: expected 'layers.0.attn.qkv"):
+@pytest.mark.parametrize(
+    ('other', 'message'),
+    [
+        (dict(embed_dims=48), r'of a ViT with embed_dims=48 \(here 24\)'),
+        (dict(depth=3), r'of a ViT with depth=3 \(here 4\)'),
+        (dict(mlp_ratio=2), r'of a ViT with mlp_ratio=2\.0 \(here 4\.0\)'),
+        (None, r"no weights of ViT in the state dict: there is no 'layers\.0\.attn\.qkv"),
+    ],
+)
+def test_refuses_another_models_weights(other, message):
+    state_dict = ViT(**(SMALL | other)).state_dict() if other else {'fc.weight': 1}
+    with pytest.raises(RuntimeError, match=message):
         ViT(**SMALL).load_state_dict(state_dict, strict=False)

@@ -376,12 +376,12 @@ def test_loads_a_classifiers_weights_of_another_size():
         ),
         (
             lambda w: w.pop('layers.3.att.key.weight'),
-            'lacks layers.3.att.key.weight and has nothing',
+            'lacks layers.3.att.key.weight, and has nothing',
         ),
         (lambda w: w.pop('norm4.running_var'), 'lacks norm4.running_var'),
         (
             lambda w: w.update({'ln1.weight': w['layers.0.ln0.weight']}),
-            'nothing and has ln1.weight',
+            'nothing, and has ln1.weight',
         ),
     ],
 )
@@ -396,10 +396,10 @@ def test_part_of_an_adapter_is_an_error(change, message):
 def test_another_adapter_is_an_error():
     weights = small(use_extra_extractor=False).state_dict()
     with pytest.raises(
-        RuntimeError, match=r'lacks interactions\.3\.extra_extractors.* more and has'
+        RuntimeError, match=r'lacks interactions\.3\.extra_extractors.* more, and has'
     ):
         mmengine_load_state_dict(small(), weights, strict=False)
-    with pytest.raises(RuntimeError, match=r'lacks nothing and has interactions\.3\.extra_extrac'):
+    with pytest.raises(RuntimeError, match=r'lacks nothing, and has interactions\.3\.extra_extrac'):
         mmengine_load_state_dict(small(use_extra_extractor=False), small().state_dict())
 
 
@@ -407,7 +407,7 @@ def test_part_of_a_classifier_is_an_error():
     weights = VRWKV(img_size=64, embed_dims=24, depth=4).state_dict()
     small().load_state_dict(weights, strict=False)  # without layer scale
     del weights['layers.2.ffn.value.weight']
-    with pytest.raises(RuntimeError, match=r'lacks layers\.2\.ffn\.value\.weight and has nothing'):
+    with pytest.raises(RuntimeError, match=r'lacks layers\.2\.ffn\.value\.weight, and has nothing'):
         mmengine_load_state_dict(small(), weights, strict=False)
 
 

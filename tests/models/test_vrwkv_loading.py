@@ -1,13 +1,17 @@
 """Loading weights: resized position embeddings, and errors for weights that do not fit."""
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
+from mmengine.model import ExponentialMovingAverage
 from mmengine.runner.checkpoint import load_checkpoint
 from mmengine.runner.checkpoint import load_state_dict as mmengine_load_state_dict
 from torch import nn
 
-from vrwkv.backbones import VRWKV
+from vrwkv import backbones
+from vrwkv.backbones import VRWKV, ViT
 
 from .vrwkv_reference import SMALL, randomise
 
@@ -115,12 +119,116 @@ def test_other_shape_is_an_error():
         VRWKV(**SMALL).load_state_dict(state_dict, strict=False)
 
 
-def test_only_a_square_grid_is_resized():
-    state_dict = VRWKV(**SMALL | {'img_size': (16, 48)}).state_dict()
-    with pytest.raises(RuntimeError, match=r'pos_embed of shape \(1, 12, 12\).*\(4, 4\).*square'):
-        VRWKV(**SMALL).load_state_dict(state_dict)
-    # The same grid needs no resizing.
-    VRWKV(**SMALL | {'img_size': (16, 48)}).load_state_dict(state_dict)
+def test_weights_of_another_family_are_named():
+    vit = ViT(img_size=32, patch_size=8, embed_dims=12, depth=2).state_dict()
+    with pytest.raises(RuntimeError, match='another model, a ViT'):
+        VRWKV(**SMALL).load_state_dict(vit, strict=False)
+    with pytest.raises(RuntimeError, match='another model, a VRWKV'):
+        ViT(embed_dims=12).load_state_dict(VRWKV(**SMALL).state_dict(), strict=False)
+
+
+# --- grids of as many tokens --------------------------------------------------------------------
+
+every_backbone = pytest.mark.parametrize('name', ['VRWKV', 'ViT', 'VRWKVAdapter', 'ViTAdapter'])
+
+
+def backbone(name, height, width):
+    """A small backbone of that many patches, with a random position embedding."""
+    arguments = dict(img_size=(16 * height, 16 * width), embed_dims=12, depth=4)
+    if 'Adapter' in name:
+        arguments |= dict(conv_inplane=4, deform_num_heads=3, norm_cfg=dict(type='BN'))
+    model = getattr(backbones, name)(**arguments)
+    nn.init.normal_(model.pos_embed)
+    return model
+
+
+def resized(model, target):
+    """The position embedding on another grid; a ViT's first token is the class token's slot."""
+    slot, grid = model.pos_embed.data.split([*slots(model), 16], dim=1)
+    grid = grid.reshape(1, *model.patch_resolution, 12).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=target, mode='bicubic', align_corners=False)
+    return torch.cat([slot, grid.flatten(2).transpose(1, 2)], dim=1)
+
+
+def slots(model):
+    return [1] if isinstance(model, ViT) else [0]
+
+
+@every_backbone
+@pytest.mark.parametrize(
+    ('source', 'target'),
+    [((4, 4), (2, 8)), ((2, 8), (4, 4)), ((2, 8), (8, 2)), ((2, 8), (3, 5)), ((2, 8), (2, 2))],
+)
+def test_grids_are_compared_and_not_counts(name, source, target):
+    given, model = backbone(name, *source), backbone(name, *target)
+    with warnings.catch_warnings():
+        # Released weights record no grid, and weights of 4 x 4 look like them.
+        warnings.simplefilter('ignore' if source == (4, 4) else 'error')
+        model.load_state_dict(given.state_dict(), strict=True)
+    assert torch.equal(model.pos_embed, resized(given, target))
+
+
+@every_backbone
+@every_way
+def test_own_weights_of_a_grid_that_is_not_square_stay(load, name, path):
+    given, model = backbone(name, 2, 8), backbone(name, 2, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        load(model, given.state_dict(), path)
+    for key, value in model.named_parameters():
+        assert torch.equal(value, given.get_parameter(key)), key
+
+
+@pytest.mark.parametrize('wrapper', ['ema', 'parallel'])
+def test_wrappers_keep_the_grid(wrapper, path):
+    given, model = backbone('VRWKV', 2, 8), backbone('VRWKV', 2, 8)
+    wrapped = nn.DataParallel(given)
+    if wrapper == 'ema':
+        wrapped = ExponentialMovingAverage(given, update_buffers=True)
+        wrapped.update_parameters(given)
+    torch.save(wrapped.state_dict(), path)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        load_checkpoint(model, str(path), map_location='cpu')
+    assert torch.equal(model.pos_embed, given.pos_embed)
+
+
+@every_backbone
+def test_a_square_grid_is_not_recorded(name):
+    """The names are upstream's, all of them."""
+    model = backbone(name, 4, 4)
+    buffers = dict(model.named_buffers())
+    assert model.state_dict().keys() == dict(model.named_parameters()).keys() | buffers.keys()
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        backbone(name, 4, 4).load_state_dict(model.state_dict(), strict=True)
+
+
+@pytest.mark.parametrize('name', ['VRWKV', 'ViT'])
+def test_a_grid_that_is_not_recorded_is_reported(name):
+    """Taken to be square if it can be, and else to be the model's own."""
+    given, model = backbone(name, 2, 8), backbone(name, 2, 8)
+    weights = given.state_dict()
+    del weights['pos_embed_grid']
+    with pytest.warns(UserWarning, match=r"4 x 4; .*2 x 8\. .*'pos_embed_grid': torch\.tensor"):
+        model.load_state_dict(weights)
+    given.patch_resolution = (4, 4)
+    assert torch.equal(model.pos_embed, resized(given, (2, 8)))
+
+    given, model = backbone(name, 2, 6), backbone(name, 2, 6)
+    weights = given.state_dict()
+    del weights['pos_embed_grid']
+    with pytest.warns(UserWarning, match='taken to be a grid of 2 x 6'):
+        model.load_state_dict(weights)
+    assert torch.equal(model.pos_embed, given.pos_embed)
+    with pytest.raises(RuntimeError, match=r'pos_embed of shape.*\(4, 4\).*must be square'):
+        backbone(name, 4, 4).load_state_dict(weights)
+    weights['pos_embed_grid'] = torch.tensor([3, 5])
+    with pytest.raises(RuntimeError, match=r'= \(3, 5\) is not the grid of 12 tokens'):
+        backbone(name, 4, 4).load_state_dict(weights)
+
+
+# --- strictness ---------------------------------------------------------------------------------
 
 
 def test_weights_without_layer_scale_fit_a_model_with_it():

@@ -13,7 +13,8 @@ from mmpretrain.registry import MODELS
 from torch import nn
 
 from vrwkv.backbones import VRWKV
-from vrwkv_cls.mae import MAEVRWKV, FrozenVRWKV, MAEVRWKVDecoder, from_upstream
+from vrwkv.weights import from_upstream_mae
+from vrwkv_cls.mae import MAEVRWKV, FrozenVRWKV, MAEVRWKVDecoder
 
 ROOT = Path(__file__).resolve().parents[2]
 # float32 numbers of a dense float32 Bi-WKV.
@@ -51,7 +52,7 @@ def as_upstream(golden):
     shift = dict(shift_mode='single_shift', channel_gamma=None)
     encoder = dict(shuffle=True, pos_embed_twice=True, **shift)
     model = build(encoder, shift, norm_pix=True)
-    model.load_state_dict(from_upstream(golden['state_dict']), strict=True)
+    model.load_state_dict(from_upstream_mae(golden['state_dict']), strict=True)
     return model
 
 
@@ -72,7 +73,7 @@ def test_loss_predictions_and_gradients_are_those_of_upstream(golden, as_upstrea
     assert relative_error(predictions, expected_predictions) < TOLERANCE
     sum(o.double().square().mean() + o.double().mean() for o in (loss, predictions)).backward()
     parameters = dict(model.named_parameters())
-    expected = from_upstream(golden['grads'])
+    expected = from_upstream_mae(golden['grads'])
     assert set(parameters) == set(expected)
     for name, gradient in expected.items():
         assert relative_error(parameters[name].grad, gradient) < TOLERANCE, name
@@ -98,9 +99,9 @@ def test_converter(golden, as_upstream, tmp_path, monkeypatch, load_script):
         assert torch.equal(model.state_dict()[name], value), name
 
 
-def test_from_upstream_refuses_another_model():
+def test_from_upstream_mae_refuses_another_model():
     with pytest.raises(ValueError, match=r"no 'blocks.0.att.spatial_decay' among the keys \['a'"):
-        from_upstream(dict(a=torch.zeros(1)))
+        from_upstream_mae(dict(a=torch.zeros(1)))
 
 
 @pytest.fixture
@@ -136,6 +137,7 @@ def test_kept_tokens_come_in_the_order_of_the_image(bare, images):
 
 def test_shuffled_tokens_are_the_same_in_another_order(bare, images):
     encoder = bare(shuffle=True)
+    torch.manual_seed(1)  # four tokens of an image may keep their order by chance
     tokens, mask, ids_restore = encoder(images)
     expected, _ = encoder.embed(images)
     in_order = [torch.equal(tokens[i], expected[i][mask[i] == 0]) for i in range(3)]
@@ -372,10 +374,10 @@ def test_training_without_a_mask_is_refused(images):
 @pytest.mark.parametrize(
     ('other', 'message'),
     [
-        (dict(decoder_depth=3), r'decoder_depth: 3 \(here 2\)'),
-        (dict(decoder_embed_dims=16), r'decoder_embed.weight: \(16, 24\) \(here \(12, 24\)\)'),
-        (dict(num_patches=25), r'decoder_pos_embed: \(1, 25, 12\) \(here \(1, 16, 12\)\)'),
-        (dict(patch_size=8), r'decoder_pred.weight: \(192, 12\) \(here \(768, 12\)\)'),
+        (dict(decoder_depth=3), r'decoder_depth=3 \(here 2\)'),
+        (dict(decoder_embed_dims=16), r'decoder_embed_dims=16 \(here 12\)'),
+        (dict(num_patches=25), r'num_patches=25 \(here 16\)'),
+        (dict(patch_size=8), r'decoder_pred.weight of shape \(192, 12\) \(here \(768, 12\)\)'),
     ],
 )
 @pytest.mark.parametrize('load', [load_state_dict, nn.Module.load_state_dict])
@@ -388,5 +390,7 @@ def test_checkpoint_of_another_decoder(other, message, load):
 
 def test_checkpoint_without_a_decoder():
     weights = {k: v for k, v in build().state_dict().items() if k.startswith('backbone.')}
-    with pytest.raises(RuntimeError, match=r'another decoder, or none.*load the encoder alone'):
+    with pytest.raises(
+        RuntimeError, match=r'no weights of MAEVRWKVDecoder.*load the encoder alone'
+    ):
         load_state_dict(build(), weights)

@@ -380,6 +380,21 @@ def ids(tmp_path):
     return tmp_path / 'in21k', tmp_path / 'in1k.txt'
 
 
+@pytest.mark.parametrize('which', ['--classes', '--subset'])
+def test_byte_order_marks_are_no_part_of_a_class(which, tmp_path, run_tool):
+    """Windows' Notepad writes one; joined files have one in the middle."""
+    texts = {'--classes': 'ant\r\nbee\r\ncat\r\ndog\r\n', '--subset': 'bee\r\ncat\r\n'}
+    texts[which] = '\ufeff' + texts[which].replace('cat', '\ufeffcat')
+    args = [tmp_path / 'in.pth', tmp_path / 'out.pth']
+    torch.save({'head.fc.weight': torch.ones(4, 1), 'head.fc.bias': torch.arange(4.0)}, args[0])
+    for name, text in texts.items():
+        path = tmp_path / f'{name}.txt'
+        path.write_bytes(text.encode())
+        args += [name, path]
+    run_tool('subset_head', *args)
+    assert torch.load(args[1], weights_only=True)['state_dict']['head.fc.bias'].tolist() == [1, 2]
+
+
 @pytest.mark.parametrize('which', ['tiny', 'large'])
 def test_fine_tuning_starts_from_rows_of_the_larger_head(
     which, ids, tiny, large, tmp_path, run_tool
@@ -411,6 +426,7 @@ def test_fine_tuning_starts_from_rows_of_the_larger_head(
         (lambda ids: ids[1].write_text('n00000055\nn5\n'), r'1 of the 2 classes .*: n5'),
         (lambda ids: ids[1].write_text('n00000055\nn00000055\n'), r"twice: \['n00000055'\]"),
         (lambda ids: ids[1].write_text('\n'), 'has no classes'),
+        (lambda ids: ids[1].write_text('n00000055', 'utf-16'), r'in1k\.txt is not UTF-8 text'),
         (lambda ids: ids[1].unlink(), r'in1k\.txt does not exist'),
     ],
 )

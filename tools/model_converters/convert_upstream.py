@@ -15,9 +15,15 @@ from pathlib import Path
 from mmengine.runner import CheckpointLoader
 from torch import Tensor
 
-from vrwkv.backbones.vrwkv import rename_mlp_head
-from vrwkv.engine import CheckpointError
-from vrwkv.engine.convert import check_suffix, dataset_meta, save_weights
+import vrwkv.engine  # noqa: F401 (reads checkpoints safely)
+from vrwkv.weights import (
+    CheckpointError,
+    check_suffix,
+    dataset_meta,
+    from_upstream_mae,
+    rename_mlp_head,
+    save_weights,
+)
 
 
 def take_weights(checkpoint: Mapping, ema: bool) -> dict[str, Tensor]:
@@ -29,9 +35,7 @@ def take_weights(checkpoint: Mapping, ema: bool) -> dict[str, Tensor]:
     weights = checkpoint['model_ema' if ema else 'state_dict']
     weights = {name.removeprefix('module.'): value for name, value in weights.items()}
     if 'blocks.0.att.spatial_decay' in weights:
-        from vrwkv_cls.mae import from_upstream
-
-        return from_upstream(weights)
+        return from_upstream_mae(weights)
     if not any(name.endswith('layers.0.att.spatial_decay') for name in weights):
         raise CheckpointError(
             "these are not the weights of a VRWKV: no name ends in 'layers.0.att.spatial_decay' "

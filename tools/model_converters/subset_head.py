@@ -12,9 +12,15 @@ import argparse
 
 from mmengine.runner import CheckpointLoader
 
-from vrwkv.backbones.vrwkv import rename_mlp_head
-from vrwkv.engine import CheckpointError
-from vrwkv.engine.convert import check_suffix, read_classes, save_weights, subset_head
+import vrwkv.engine  # noqa: F401 (reads checkpoints safely)
+from vrwkv.weights import (
+    CheckpointError,
+    check_suffix,
+    read_classes,
+    rename_mlp_head,
+    save_weights,
+    subset_head,
+)
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..layers import DropPath, PatchEmbed, resize_pos_embed
 from ..layers._checks import check_int, check_rate
+from ..weights import fit_pos_embed, record_grid, require_fit
 from .vrwkv import VRWKV, _image_size
 
 # As in DeiT and mmpretrain.
@@ -288,28 +289,12 @@ class ViT(BaseModule):
     def _load_from_state_dict(
         self, state_dict: dict[str, Tensor], prefix: str, *args, **kwargs
     ) -> None:
-        """Check and fit the weights before torch or mmengine loads them."""
-        marker = 'layers.0.attn.qkv.weight'
-        weight = state_dict.get(prefix + marker)
-        if weight is None or weight.shape != self.layers[0].attn.qkv.weight.shape:
-            found = 'none' if weight is None else f'one of shape {tuple(weight.shape)}'
-            raise RuntimeError(
-                f'the state dict does not fit this {type(self).__name__}: expected '
-                f'{prefix + marker!r} of shape {tuple(self.layers[0].attn.qkv.weight.shape)}, '
-                f'found {found} among {len(state_dict)} keys. Weights must have the names of '
-                "mmpretrain's VisionTransformer"
-            )
-        key = prefix + 'pos_embed'
-        if key in state_dict:
-            state_dict[key] = self._fit_pos_embed(state_dict[key])
+        fit_pos_embed(self, state_dict, prefix)
+        require_fit(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def _fit_pos_embed(self, pos_embed: Tensor) -> Tensor:
-        """Resize a position embedding of a slot and a square grid to this model's grid."""
-        side = math.isqrt(pos_embed.shape[1] - 1)
-        if pos_embed.shape == self.pos_embed.shape or side * side != pos_embed.shape[1] - 1:
-            return pos_embed
-        grid = resize_pos_embed(
-            pos_embed[:, 1:], (side, side), self.patch_resolution, self.interpolate_mode
-        )
-        return torch.cat([pos_embed[:, :1], grid], dim=1)
+    def _save_to_state_dict(
+        self, destination: dict[str, Tensor], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        record_grid(self, destination, prefix)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from mmengine.model import BaseModule, ModuleList
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..layers import PatchEmbed, VRWKVLayer, resize_pos_embed
 from ..layers._checks import check_choice, check_int, check_rate
+from ..weights import fit_pos_embed, record_grid, rename_mlp_head, require_fit
 
 INTERPOLATE_MODES = ('bicubic', 'bilinear')
 
@@ -193,101 +194,15 @@ class VRWKV(BaseModule):
     def _load_from_state_dict(
         self, state_dict: dict[str, Tensor], prefix: str, *args, **kwargs
     ) -> None:
-        """Check and fit the weights before torch or mmengine loads them.
-
-        mmengine only logs a warning where nothing fits, and trains from scratch.
-        """
-        self._check_model(state_dict, prefix)
-        key = prefix + 'pos_embed'
-        if key in state_dict:
-            state_dict[key] = self._fit_pos_embed(state_dict[key])
-        self._check_shapes(state_dict, prefix)
+        fit_pos_embed(self, state_dict, prefix)
+        require_fit(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def _check_model(self, state_dict: Mapping[str, Tensor], prefix: str) -> None:
-        """Raise an error unless the state dict holds VRWKV layers under the prefix."""
-        marker = 'layers.0.att.spatial_decay'
-        if prefix + marker in state_dict:
-            return
-        message = (
-            f'no weights of {type(self).__name__} in the state dict: there is no '
-            f'{prefix + marker!r} among its {len(state_dict)} keys'
-        )
-        if state_dict:
-            message += f' ({", ".join(list(state_dict)[:3])}, ...)'
-        elsewhere = [key.removesuffix(marker) for key in state_dict if key.endswith(marker)]
-        if elsewhere:
-            message += (
-                f'. There are such weights under {elsewhere[0]!r}: load the whole model, or name '
-                f"it as the prefix, as in init_cfg=dict(type='Pretrained', checkpoint=..., "
-                f'prefix={elsewhere[0]!r})'
-            )
-        else:
-            message += '. Is it the checkpoint of another model?'
-        raise RuntimeError(message)
-
-    def _fit_pos_embed(self, pos_embed: Tensor) -> Tensor:
-        """Resize a position embedding of a square grid to this model's grid."""
-        if pos_embed.dim() != 3 or pos_embed.shape[1] == self.pos_embed.shape[1]:
-            return pos_embed
-        side = math.isqrt(pos_embed.shape[1])
-        if side * side != pos_embed.shape[1]:
-            raise RuntimeError(
-                f'cannot resize the pos_embed of shape {tuple(pos_embed.shape)} in the state dict '
-                f'to the grid {self.patch_resolution} of this model: only a square grid can be '
-                'told from its length. Build the model with the img_size of the checkpoint; '
-                'images of other sizes may then go in'
-            )
-        return resize_pos_embed(
-            pos_embed, (side, side), self.patch_resolution, self.interpolate_mode
-        )
-
-    def _check_shapes(self, state_dict: Mapping[str, Tensor], prefix: str) -> None:
-        """Raise an error that says how the model of the state dict differs from this one."""
-        own = dict(self.named_parameters())
-        loaded = {
-            key.removeprefix(prefix): value
-            for key, value in state_dict.items()
-            if key.startswith(prefix)
-        }
-        ours, theirs = _describe(own), _describe(loaded)
-        differing = [
-            f'{name}={theirs[name]} (here {ours[name]})'
-            for name in ours
-            if name in theirs and theirs[name] != ours[name]
-        ]
-        if not differing:
-            differing = [
-                f'{prefix + name} of shape {tuple(loaded[name].shape)} (here {tuple(value.shape)})'
-                for name, value in own.items()
-                if name in loaded and loaded[name].shape != value.shape
-            ]
-        if differing:
-            raise RuntimeError(
-                f'the state dict is of a {type(self).__name__} with {", ".join(differing[:5])}: '
-                'build the model with the arguments of the checkpoint'
-            )
-
-
-def rename_mlp_head(state_dict: dict[str, Tensor], prefix: str = '') -> None:
-    """Rename the MLP head of a classifier of upstream's to that of mmpretrain's.
-
-    VRWKV-Large has ``head.0``, tanh, ``head.2``, which is ``StackedLinearClsHead``'s
-    ``head.layers.0.fc`` and ``head.layers.1.fc``.
-
-    Args:
-        state_dict: Weights, changed in place. Those with another head stay as they are.
-        prefix: What precedes the classifier's names in it.
-    """
-    head = f'{prefix}head.'
-    names = {
-        f'{head}{upstream}.{kind}': f'{head}layers.{index}.fc.{kind}'
-        for index, upstream in enumerate((0, 2))
-        for kind in ('weight', 'bias')
-    }
-    if {key for key in state_dict if key.startswith(head)} == set(names):
-        for old, new in names.items():
-            state_dict[new] = state_dict.pop(old)
+    def _save_to_state_dict(
+        self, destination: dict[str, Tensor], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        record_grid(self, destination, prefix)
 
 
 def _layer_indices(out_indices: int | Sequence[int], depth: int) -> tuple[int, ...]:
@@ -318,20 +233,3 @@ def _image_size(img_size: int | Sequence[int], patch_size: int) -> tuple[int, in
         if side < patch_size:
             raise ValueError(f'img_size={img_size!r} is smaller than patch_size={patch_size}')
     return sides
-
-
-def _describe(params: Mapping[str, Tensor]) -> dict[str, float]:
-    """Read the constructor arguments that determine shapes off a model's parameters."""
-    args = {
-        'depth': len({key.split('.')[1] for key in params if key.startswith('layers.')}),
-    }
-    decay = params.get('layers.0.att.spatial_decay')
-    if decay is not None:
-        args['embed_dims'] = decay.shape[0]
-    hidden = params.get('layers.0.ffn.key.weight')
-    if hidden is not None:
-        args['hidden_rate'] = hidden.shape[0] / hidden.shape[1]
-    kernel = params.get('patch_embed.projection.weight')
-    if kernel is not None and kernel.dim() == 4:
-        args['in_channels'], args['patch_size'] = kernel.shape[1:3]
-    return args

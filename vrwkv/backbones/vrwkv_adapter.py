@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from ..layers.adapter import (
     init_adapter_weights,
 )
 from ..mmcv_ops import serve_mmcv_ops
+from ..weights import require_whole
 from .vrwkv import VRWKV
 
 with explain_missing('the adapter', extra='detection', brings=('mmcv',)):
@@ -242,35 +243,8 @@ class AdapterMixin:
     def _load_from_state_dict(
         self, state_dict: dict[str, Tensor], prefix: str, *args, **kwargs
     ) -> None:
-        """Check that the weights are whole, in addition to the backbone's own checks."""
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self._check_whole(state_dict, prefix)
-
-    def _check_whole(self, state_dict: Mapping[str, Tensor], prefix: str) -> None:
-        """Raise an error unless there is all of an adapter, or all of a backbone and no adapter.
-
-        mmengine would only log what is missing, and train that from scratch.
-        """
-        names = {name for name in self.state_dict() if not name.endswith('num_batches_tracked')}
-        backbone = {name for name in names if name.startswith(BACKBONE_NAMES)}
-        found = {
-            key.removeprefix(prefix)
-            for key in state_dict
-            if key.startswith(prefix) and not key.endswith('num_batches_tracked')
-        }
-        if found.isdisjoint(names - backbone):
-            # A classifier's weights: with a final norm, and maybe without layer scale.
-            missing = {name for name in backbone - found if '.gamma' not in name}
-            extra = set()
-        else:
-            missing, extra = names - found, found - names
-        if missing or extra:
-            raise RuntimeError(
-                f'the state dict does not fit this {type(self).__name__}: it lacks '
-                f'{_some(missing)} and has {_some(extra)} besides. Build the model with the '
-                'arguments of the checkpoint (interaction_indexes, norm_cfg, ...); of a plain '
-                'backbone, all weights must be there'
-            )
+        require_whole(self, state_dict, prefix, BACKBONE_NAMES)
 
     def _freeze_stages(self) -> None:
         if self.frozen_stages < 0:
@@ -308,14 +282,6 @@ def _check_backbone_arguments(kwargs: dict) -> None:
             f'the adapter pairs tokens with a map at stride {PATCH_SIZE}, so patch_size must be '
             f'{PATCH_SIZE}, got {kwargs["patch_size"]!r}'
         )
-
-
-def _some(names: Collection[str]) -> str:
-    """Name the first of many."""
-    if not names:
-        return 'nothing'
-    first = ', '.join(sorted(names)[:3])
-    return first if len(names) <= 3 else f'{first} and {len(names) - 3} more'
 
 
 def _pair(size: int | Sequence[int]) -> tuple[int, ...]:

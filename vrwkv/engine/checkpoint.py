@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer, print_log
 
+from ..weights import CheckpointError
+
 try:
     from numpy._core import multiarray
 except ImportError:  # numpy < 2
@@ -30,10 +32,6 @@ except ImportError:  # numpy < 2
 WEIGHT_KEYS = ('state_dict', 'model', 'module', 'model_ema')
 
 _ZIP_MAGIC = b'PK\x03\x04'
-
-
-class CheckpointError(RuntimeError):
-    """A file that exists but whose content cannot be used as a checkpoint."""
 
 
 def _history_statistic(owner: type, name: str) -> Callable:

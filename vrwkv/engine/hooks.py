@@ -2,7 +2,6 @@
 
 import os
 import random
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -14,33 +13,16 @@ from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.registry import HOOKS
 
+from .._files import write_atomically
+
 
 @register_backend('atomic')
 class AtomicLocalBackend(LocalBackend):
-    """Local files that are there whole or not at all, whenever the process or machine dies.
-
-    A file is written as ``<name>.tmp``, flushed to disk and renamed. The temporary name is always
-    the same, so that what a killed process left behind is written over rather than piling up.
-    """
+    """Local files that are complete or absent (:func:`vrwkv._files.write_atomically`)."""
 
     def put(self, obj: bytes, filepath: str | os.PathLike) -> None:
         """Write ``obj`` to ``filepath``."""
-        path = Path(filepath)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f'{path.name}.tmp')
-        try:
-            with temporary.open('wb') as stream:
-                stream.write(obj)
-                stream.flush()
-                os.fsync(stream.fileno())
-            temporary.replace(path)
-        except OSError:  # such as a full disk
-            temporary.unlink(missing_ok=True)
-            raise
-        with suppress(OSError):  # Windows cannot open folders
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+        write_atomically(filepath, obj)
 
     def put_text(self, obj: str, filepath: str | os.PathLike, encoding: str = 'utf-8') -> None:
         """Write the text ``obj`` to ``filepath``."""
