@@ -44,6 +44,7 @@ def detect(config: Path, checkpoint: Path, data_root: Path, count: int) -> dict[
     Returns:
         For each image what was found and what was missed.
     """
+    import vrwkv_det  # noqa: F401, I001 (before mmdet: it serves mmcv's operators)
     from mmdet.apis import DetInferencer
 
     coco = COCO(data_root / 'annotations/val.json')

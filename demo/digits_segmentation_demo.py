@@ -30,6 +30,7 @@ class Result(NamedTuple):
 
 def segment(config: Path, checkpoint: Path, data_root: Path, count: int) -> list[Result]:
     """Segment the first held-out images with mmseg's inferencer."""
+    import vrwkv_seg  # noqa: F401, I001 (before mmseg: it serves mmcv's operators)
     from mmseg.apis import MMSegInferencer
 
     names = sorted(path.name for path in (data_root / 'images/validation').iterdir())[:count]

@@ -64,6 +64,7 @@ def classify(config: Path, weights: str | None, device: str, image: str, out: Pa
 
 def detect(config: Path, weights: str | None, device: str, image: str, out: Path) -> str:
     """Find instances with mmdet."""
+    import vrwkv_det  # noqa: F401, I001 (before mmdet: it serves mmcv's operators)
     from mmdet.apis import DetInferencer
 
     threshold = 0.3  # as the inferencer draws
@@ -83,6 +84,7 @@ def detect(config: Path, weights: str | None, device: str, image: str, out: Path
 
 def segment(config: Path, weights: str | None, device: str, image: str, out: Path) -> str:
     """Label every pixel with mmseg."""
+    import vrwkv_seg  # noqa: F401, I001 (before mmseg: it serves mmcv's operators)
     from mmseg.apis import MMSegInferencer
 
     inferencer = MMSegInferencer(str(config), weights, device=device)

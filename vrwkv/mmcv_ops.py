@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -261,3 +262,15 @@ def serve_mmcv_ops() -> None:
             f'{how_to_compile()})'
         )
     sys.meta_path.append(_Finder())
+
+
+def describe() -> str:
+    """Say in a sentence what serves mmcv's operators, and how to change that."""
+    try:
+        serve_mmcv_ops()
+        spec = find_spec(EXTENSION)
+    except ImportError as error:
+        return f"mmcv's operators: none ({error})"
+    if isinstance(spec.loader, _Finder):
+        return f"mmcv's operators: {SERVED}. To compile all of mmcv's: {how_to_compile()}"
+    return f"mmcv's operators: compiled, {spec.origin}"
