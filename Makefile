@@ -14,8 +14,8 @@ PYTEST_ARGS ?=
 GPU_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help python demo demo-detection demo-segmentation test install-demo install-test install-lint lint format unit gpu \
-	cuda-compile clean clean-env
+.PHONY: help python demo demo-detection demo-segmentation test test-mmcv install-demo install-dense install-test \
+	install-lint install-mmcv install-mmcv-lite lint format unit gpu cuda-compile clean clean-env
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' Makefile
@@ -28,23 +28,34 @@ python:
 install-demo: python ## Install what classification needs
 	@$(INSTALL) demo
 
-install-test: python ## Install what all tasks and the tests need (compiles mmcv: ~10 minutes)
+install-dense: python ## Install what all three tasks need
+	@$(INSTALL) dense
+
+install-test: python ## Install what all three tasks and the tests need
 	@$(INSTALL) test
 
 install-lint: python
 	@$(INSTALL) lint
 
-demo: install-demo ## Train a small VRWKV on digits, evaluate it and draw its predictions
-	PYTHONWARNINGS='ignore:pkg_resources is deprecated:UserWarning' $(RUN) demo/digits_demo.py
+install-mmcv: python ## Compile mmcv with its operators into the environment (10 to 20 minutes)
+	@$(INSTALL) mmcv
 
-demo-detection: install-test ## The same for detection: find digits on photographs
+install-mmcv-lite: python ## Go back to mmcv without compiled operators
+	@$(INSTALL) mmcv-lite
+
+demo: install-demo ## Train a small VRWKV on digits, evaluate it and draw its predictions
+	$(RUN) demo/digits_demo.py
+
+demo-detection: install-dense ## The same for detection: find digits on photographs
 	$(RUN) demo/digits_detection_demo.py
 
-demo-segmentation: install-test ## The same for segmentation: label the pixels of digits on photographs
+demo-segmentation: install-dense ## The same for segmentation: label the pixels of digits on photographs
 	$(RUN) demo/digits_segmentation_demo.py
 
 test: install-test ## Lint and run all tests
 	$(MAKE) --no-print-directory lint unit
+
+test-mmcv: install-mmcv test ## The same tests on compiled mmcv, which then stays installed
 
 unit:
 	$(RUN) -m pytest $(PYTEST_ARGS)

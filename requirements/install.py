@@ -1,45 +1,36 @@
-"""Install what `make demo` and `make test` need into a virtual environment.
+"""Install what the make targets need into a virtual environment of their own.
 
-Run by the Makefile; it uses the standard library only, since nothing is installed yet. Each step
-leaves a stamp in the environment once its result has been imported, so that a second run does
-nothing and an interrupted one repairs what it finds and goes on.
+The Makefile runs this script, with the standard library only: nothing is installed yet. Every run
+hands pinned requirement files to ``uv pip install``, which does nothing where they are satisfied.
+An environment whose last run did not finish is made anew; uv's cache makes that quick.
 """
 
 import argparse
-import csv
 import fcntl
-import hashlib
-import json
 import os
-import queue
+import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tempfile
-import threading
 import time
-from importlib.metadata import distributions
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 REQUIREMENTS = ROOT / 'requirements'
-FLAVOURS = ('openmmlab', 'onedl')
-PACKAGES = (  # those of other tasks come when they are there
-    'vrwkv',
-    'classification/vrwkv_cls',
-    'detection/vrwkv_det',
-    'segmentation/vrwkv_seg',
-)
-DISK_GIB = 10  # torch's CUDA build unpacks to 5 GB; the rest is downloads and what gets compiled
+# Requirement files of each purpose; those of the OpenMMLab flavour lie in its own folder.
+PURPOSES = {
+    'lint': ('test',),
+    'demo': ('base', 'demo', 'classification'),
+    'dense': ('base', 'demo', 'classification', 'dense'),
+    'test': ('base', 'demo', 'classification', 'dense', 'test'),
+}
+MMCV = {'mmcv', 'mmcv_lite', 'onedl_mmcv'}  # they install the same folder
+DISK_GIB = 10  # torch for CUDA unpacks to 5 GB; the rest is downloads and compiled files
 HEARTBEAT_SECONDS = 20
-COMPILED_FOR_CPU = """
-import sys
-from vrwkv_ops.backends import diagnose
-[cpu] = [backend for backend in diagnose() if 'CPU' in backend.name]
-cpu.available or sys.exit(f'{cpu.why}. {cpu.fix}')
-"""
 
 
 class InstallError(Exception):
@@ -51,30 +42,15 @@ def say(message):
     print(f'[install] {message}', flush=True)
 
 
-def pins(path):
-    """Return the requirements in a file, without comments."""
-    lines = (line.partition('#')[0].strip() for line in path.read_text().splitlines())
-    return [line for line in lines if line]
-
-
-def digest(paths, *facts):
-    """Hash files (by content; by what they require) and facts (by value) into a stamp's key."""
-    sha = hashlib.sha256()
-    for path in sorted(paths):
-        sha.update(f'{path.relative_to(ROOT)}\0'.encode())
-        sha.update(json.dumps(pins(path)).encode() if path.suffix == '.txt' else path.read_bytes())
-    sha.update(json.dumps(facts).encode())
-    return sha.hexdigest()
-
-
-def duration(seconds):
-    """Format seconds as '3 min 05 s'."""
-    minutes, seconds = divmod(int(seconds), 60)
-    return f'{minutes} min {seconds:02d} s' if minutes else f'{seconds} s'
-
-
-def check_venv_module():
-    """Refuse a Python that cannot make virtual environments."""
+def check_machine():
+    """Refuse a machine that torch has no packages for, and a Python without venv."""
+    if sys.platform != 'linux' or sys.maxsize < 2**32:
+        bits = 64 if sys.maxsize > 2**32 else 32
+        raise InstallError(
+            f'make installs on 64-bit Linux, and this is a {bits}-bit Python on {sys.platform}. '
+            'Install torch yourself, then type: VRWKV_OPS_SKIP_BUILD=1 pip install ./vrwkv_ops '
+            "&& pip install -e '.[classification]'"
+        )
     try:
         import ensurepip  # noqa: F401
         import venv  # noqa: F401
@@ -97,30 +73,29 @@ def check_disk(folder):
         )
 
 
-def check_compiler():
-    """Refuse to compile without a C++17 compiler and Python's headers."""
+def check_compiler(python_headers=False):
+    """Refuse to compile without a C++17 compiler and, where they are needed, Python's headers."""
     names = [os.environ['CXX']] if os.environ.get('CXX') else ['c++', 'g++', 'clang++']
-    compiler = next(filter(None, map(shutil.which, names)), None)
-    if compiler is None:
+    command = next((shlex.split(name) for name in names if shutil.which(name.split()[0])), None)
+    if command is None:
         raise InstallError(
             f'No C++ compiler was found ({", ".join(names)}). On Debian and Ubuntu: apt install '
-            'g++; on Fedora: dnf install gcc-c++; or set CXX. (VRWKV_OPS_SKIP_BUILD=1 makes the '
-            'demo go on without: slower, in pure PyTorch.)'
+            'g++; on Fedora: dnf install gcc-c++; or set CXX. To go on without compiled kernels, '
+            'in slower pure PyTorch: VRWKV_OPS_SKIP_BUILD=1 make demo'
         )
     include = sysconfig.get_path('include')
-    for header, advice in (
-        ('<optional>', f'{compiler} cannot compile C++17. Install g++ 9 or newer, or set CXX.'),
-        (
-            '<Python.h>',
+    probes = {'optional': f'{command[0]} cannot compile C++17. Install g++ 9 or newer, or set CXX.'}
+    if python_headers:
+        probes['Python.h'] = (
             f"Python's headers are not in {include}. On Debian and Ubuntu: apt install "
-            'python3-dev; on Fedora: dnf install python3-devel.',
-        ),
-    ):
+            'python3-dev; on Fedora: dnf install python3-devel.'
+        )
+    for header, advice in probes.items():
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder, 'probe.cpp')
-            source.write_text(f'#include {header}\nint main() {{ return 0; }}\n')
-            command = [compiler, '-std=c++17', '-fsyntax-only', f'-I{include}', str(source)]
-            if subprocess.run(command, capture_output=True).returncode:
+            source.write_text(f'#include <{header}>\nint main() {{ return 0; }}\n')
+            line = [*command, '-std=c++17', '-fsyntax-only', f'-I{include}', str(source)]
+            if subprocess.run(line, capture_output=True).returncode:
                 raise InstallError(advice)
 
 
@@ -130,328 +105,185 @@ def default_jobs():
     return max(1, min(len(os.sched_getaffinity(0)), int(memory / 1.5)))
 
 
+def build_key():
+    """Name the facts that decide a build, for uv's cache, which compares settings only."""
+    [torch] = re.findall(r'^torch==\S+', (REQUIREMENTS / 'base.txt').read_text(), re.MULTILINE)
+    facts = [torch, shutil.which('nvcc'), os.path.exists('/dev/nvidiactl') and 'gpu']
+    facts += [os.environ.get(name) for name in ('CXX', 'FORCE_CUDA', 'TORCH_CUDA_ARCH_LIST')]
+    return ' '.join(str(fact) for fact in facts if fact)
+
+
 class Environment:
-    """A virtual environment, the stamps in it, and the commands that change it."""
+    """A virtual environment that this script made, and the commands that change it.
+
+    Attributes:
+        complete: The file that says which Python and flavour the environment is for; it is there
+            unless a run is changing the environment or was interrupted while it did.
+    """
 
     def __init__(self, path, flavour):
         self.path = path
         self.flavour = flavour
         self.python = path / 'bin' / 'python'
         self.state = path / '.install'
-        self.site = Path(
-            sysconfig.get_path(
-                'purelib', 'posix_prefix', vars={'base': str(path), 'platbase': str(path)}
-            )
-        )
-        self.identity = [sys.version, str(path), flavour]
-        self.changing = self.state / 'changing'
+        self.complete = self.state / 'complete'
+        places = {'base': str(path), 'platbase': str(path)}
+        self.site = Path(sysconfig.get_path('purelib', 'posix_prefix', vars=places))
 
-    # Stamps
-
-    def stamped(self, step):
-        """Return the key that `step` was last completed with, or None."""
-        stamp = self.state / step
-        return stamp.read_text() if stamp.is_file() else None
-
-    def stamp(self, step, key):
-        """Record that `step` is complete."""
-        temporary = self.state / f'{step}.new'
-        temporary.write_text(key)
-        temporary.replace(self.state / step)
-
-    def begin(self, step):
-        """Forget `step`, and mark the environment as being changed, before changing it."""
-        self.changing.touch()
-        (self.state / step).unlink(missing_ok=True)
-
-    # The environment itself
-
-    def create(self):
-        """Make the environment with uv in it, or make it anew if it is broken."""
-        key = digest([], *self.identity)
-        if self.stamped('environment') != key or not self.python.exists():
-            check_disk(self.path)
+    def open(self):
+        """Make the environment, or make it anew unless its last run finished."""
+        identity = f'{sys.version}\n{self.path}\n{self.flavour}\n'
+        if not (self.complete.is_file() and self.complete.read_text() == identity):
             self.clear()
-            say(f'Making {self.path} with Python {sys.version.split()[0]}')
+            check_disk(self.path)
+            say(f'Making {self.path} with Python {platform.python_version()}')
             self.state.mkdir(parents=True)
-            subprocess.run([sys.executable, '-m', 'venv', str(self.path)], check=True)
-            self.stamp('environment', key)
-        file = REQUIREMENTS / 'bootstrap.txt'
-        key = digest([file], *self.identity)
-        if self.stamped('uv') != key:
-            self.run('-m', 'pip', '-q', '--disable-pip-version-check', 'install', '-r', str(file))
-            self.stamp('uv', key)
+            self.call('-m', 'venv', str(self.path), python=sys.executable)
+            self.call(
+                *('-m', 'pip', 'install', '-q', '--disable-pip-version-check'),
+                *('-r', str(REQUIREMENTS / 'bootstrap.txt')),
+            )
+        self.complete.unlink(missing_ok=True)
+        return identity
 
     def clear(self):
-        """Remove an environment that is incomplete or was made by another Python."""
+        """Remove an environment of this script that is incomplete or of another Python."""
         if not self.path.exists() or not any(self.path.iterdir()):
             return
-        if not (self.path / 'pyvenv.cfg').exists() and not self.state.exists():
+        if not self.state.is_dir():
             raise InstallError(
-                f'{self.path} exists and is not a virtual environment: move it away, or '
-                'choose another folder: make demo VENV=/path/to/venv'
+                f'make did not make {self.path}: move it away, or choose another folder: '
+                'make demo VENV=/path/to/venv'
             )
-        say(f'{self.path} is incomplete or was made otherwise: making it anew')
+        say(f'Removing {self.path}: its last install did not finish, or was of another kind')
         shutil.rmtree(self.path)
 
-    def run(self, *arguments, check=True, **options):
-        """Run this environment's Python."""
-        return subprocess.run([str(self.python), *arguments], check=check, **options)
+    def call(self, *arguments, python=None, log=None):
+        """Run a Python command; with `log`, write its output there and show the progress.
 
-    def imports(self, code):
-        """Return why `code` fails in this environment (the last line), or None if it runs."""
-        done = self.run('-c', code, check=False, capture_output=True, text=True, cwd=self.state)
-        if done.returncode == 0:
-            return None
-        return (done.stderr.strip().splitlines() or [f'exit status {done.returncode}'])[-1]
-
-    def repair(self):
-        """Uninstall what an interrupted install left incomplete.
-
-        uv links a package's files one by one, so a killed one may have metadata but not all of
-        its files, and would count as installed.
+        Raises:
+            InstallError: If the command fails.
         """
-        say('The last install did not finish: looking for what it left incomplete')
-        damaged = []
-        for distribution in distributions(path=[str(self.site)]):
-            # `distribution.files` leaves out missing files from Python 3.12 on.
-            record = distribution.read_text('RECORD')
-            if not distribution.metadata['Name'] or record is None:
-                say(f'Removing incomplete {distribution._path.name}')
-                shutil.rmtree(distribution._path)
-                damaged.append(None)
-                continue
-            for name, _, size in csv.reader(record.splitlines()):
-                path = self.site / name
-                if size and not (path.exists() and path.stat().st_size == int(size)):
-                    damaged.append(distribution.metadata['Name'])
-                    break
-        if damaged:
-            for stamp in self.state.iterdir():
-                if stamp.name not in ('environment', 'uv', self.changing.name):
-                    stamp.unlink()
-        if names := [name for name in damaged if name]:
-            say(f'Incomplete, to be installed again: {", ".join(names)}')
-            self.uv('uninstall', *names)
-
-    # Installing
-
-    def uv(self, command, *arguments, progress=None):
-        """Run `uv pip COMMAND`; with `progress`, show the compiler's progress under that name."""
-        environment = dict(os.environ)
+        line = [str(python or self.python), *arguments]
+        # The build backends of packages that are built without isolation find ninja on PATH.
+        environment = dict(os.environ, PATH=f'{self.path / "bin"}:{os.environ.get("PATH", "")}')
         environment.setdefault('MAX_JOBS', str(default_jobs()))
-        # Another environment may be compiling the same package: wait for its result.
-        environment.setdefault('UV_LOCK_TIMEOUT', '7200')
-        # The build backends of uninstalled packages find ninja here.
-        environment['PATH'] = f'{self.path / "bin"}{os.pathsep}{environment.get("PATH", "")}'
-        line = [str(self.python), '-m', 'uv', 'pip', command, '--python', str(self.python)]
-        if progress is None:
-            failed = subprocess.run([*line, *arguments], env=environment).returncode
+        environment.setdefault('UV_LOCK_TIMEOUT', '7200')  # seconds, for another build of the same
+        if log is None:
+            failed = subprocess.run(line, env=environment, cwd=ROOT).returncode
         else:
-            failed = self.watch([*line, '--verbose', *arguments], environment, progress)
+            failed = self.watch(line, environment, self.state / log)
         if failed:
             raise InstallError(
-                f'`uv pip {command}` failed: see above. Once that is mended, the same make '
-                'command goes on from here.'
+                f'`{shlex.join(arguments[1:3])}` failed, see above. If it reached no package '
+                'registry: check the network and the settings of pip and uv (HTTPS_PROXY, '
+                'PIP_INDEX_URL, UV_DEFAULT_INDEX). Then type the same make command again.'
             )
 
-    def watch(self, line, environment, name):
-        """Run a compiling command; print ninja's counts, or a sign of life; log the rest."""
-        log = self.state / f'{name}.log'
-        say(f'The whole output goes to {log}')
-        process = subprocess.Popen(
-            line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        lines = queue.Queue()
-        threading.Thread(target=lambda: [*map(lines.put, process.stdout), lines.put(None)]).start()
-        start = shown = time.monotonic()
-        count = 'preparing'
+    def watch(self, line, environment, log):
+        """Run a command that may compile for long; return its exit status."""
+        start = time.monotonic()
         with log.open('w') as file:
-            while True:
-                try:
-                    text = lines.get(timeout=HEARTBEAT_SECONDS)
-                    if text is None:
-                        break
-                    file.write(text)
-                    if found := re.search(r'\[(\d+)/(\d+)\] ', text):
-                        count = f'{found[1]} of {found[2]} files compiled'
-                    elif 'running build_ext' in text:
-                        count = 'the first files are being compiled'
-                    elif 'Waiting to acquire' in text:
-                        count = 'waiting for another build of it'
-                except queue.Empty:
-                    file.flush()
-                if time.monotonic() - shown >= HEARTBEAT_SECONDS:
-                    shown = time.monotonic()
-                    say(f'{name}: {count}, {duration(shown - start)}')
-        if process.wait():
-            print(''.join(log.read_text().splitlines(keepends=True)[-40:]), end='')
-            return process.returncode
-        say(f'{name}: installed in {duration(time.monotonic() - start)}')
-        return 0
-
-    def install(self, *arguments, progress=None):
-        """Run `uv pip install` under the constraints that hold for every step."""
-        common = [REQUIREMENTS / f'{name}.txt' for name in ('base', 'demo', 'test')]
-        files = [*common, self.file('classification'), self.file('dense')]
-        constraints = [option for path in files for option in ('--constraints', str(path))]
-        excludes = ('--excludes', str(REQUIREMENTS / 'excludes.txt'))
-        self.uv('install', *constraints, *excludes, *arguments, progress=progress)
-
-    def file(self, name):
-        """Return the requirement file of this environment's OpenMMLab flavour."""
-        return REQUIREMENTS / self.flavour / f'{name}.txt'
-
-    def step(self, name, files, code):
-        """Install requirement files, unless that was done, and verify it by running `code`."""
-        key = digest([REQUIREMENTS / 'excludes.txt', *files], *self.identity)
-        if self.stamped(name) == key:
-            return
-        self.begin(name)
-        say(f'Installing {name}')
-        self.install(*(option for file in files for option in ('-r', str(file))))
-        if reason := self.imports(code):
-            raise InstallError(
-                f'{name} was installed but does not work: {reason}. To start over: make clean-env'
+            process = subprocess.Popen(
+                line, env=environment, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT
             )
-        self.stamp(name, key)
+        while process.poll() is None:
+            try:
+                process.wait(HEARTBEAT_SECONDS)
+            except subprocess.TimeoutExpired:
+                counts = re.findall(r'\[(\d+)/(\d+)\] ', log.read_text(errors='replace'))
+                count = '{} of {} files'.format(*counts[-1]) if counts else 'preparing'
+                seconds = int(time.monotonic() - start)
+                say(f'Compiling ({log.stem}): {count}, {seconds} s. Everything is in {log}')
+        if process.returncode:
+            print(''.join(log.read_text(errors='replace').splitlines(keepends=True)[-40:]))
+        return process.returncode
 
+    def uv(self, command, *arguments, log=None):
+        """Run `uv pip COMMAND` on this environment."""
+        verbose = ['--verbose'] if log else []
+        line = ('-m', 'uv', 'pip', command, '--python', str(self.python), *verbose)
+        self.call(*line, *arguments, log=log)
 
-def build_facts():
-    """Return what decides how an extension is compiled, other than its sources and Python."""
-    torch = [line for line in pins(REQUIREMENTS / 'base.txt') if line.startswith('torch==')]
-    variables = ('CXX', 'CUDA_HOME', 'FORCE_CUDA', 'TORCH_CUDA_ARCH_LIST')
-    gpu = Path('/dev/nvidiactl').exists()
-    return [torch, gpu, shutil.which('nvcc'), *(os.environ.get(variable) for variable in variables)]
+    def requirements(self, option, *names):
+        """Return uv's options for requirement files, shared or of this flavour."""
+        shared = {name: REQUIREMENTS / f'{name}.txt' for name in names}
+        files = [
+            file if file.exists() else REQUIREMENTS / self.flavour / file.name
+            for file in shared.values()
+        ]
+        return [text for file in files for text in (option, str(file))]
 
+    def install(self, *arguments, log=None):
+        """Run `uv pip install` under all pins, so that no step moves a package of another."""
+        pins = self.requirements('--constraints', *PURPOSES['test'])
+        excludes = self.requirements('--excludes', 'excludes')
+        self.uv('install', *pins, *excludes, *arguments, log=log)
 
-def install_base(environment):
-    """Install torch, torchvision and the build tools."""
-    if environment.stamped('base') is None:
-        check_disk(environment.path)
-    environment.step('base', [REQUIREMENTS / 'base.txt'], 'import torch, torchvision, numpy, cv2')
+    def mmcv(self):
+        """Return the installed distributions of mmcv, and whether its operators are compiled."""
+        names = {path.name.partition('-')[0] for path in self.site.glob('*mmcv*.dist-info')}
+        return names & MMCV, any(self.site.glob('mmcv/_ext.*'))
 
+    def install_mmcv(self, compiled):
+        """Replace mmcv by the build with compiled operators, or by the one without."""
+        name = 'mmcv' if compiled else 'mmcv-lite'
+        package = 'onedl-mmcv' if self.flavour == 'onedl' else name
+        wanted = package.replace('-', '_')
+        if self.mmcv() == ({wanted}, compiled):
+            return
+        if compiled:
+            check_compiler(python_headers=True)
+        self.uv('uninstall', '-q', *sorted(found.replace('_', '-') for found in MMCV))
+        shutil.rmtree(self.site / 'mmcv', ignore_errors=True)
+        key = build_key() if compiled else 'without operators'
+        options = [
+            *self.requirements('-r', name),
+            *('--config-settings-package', f'{package}:key={key}'),
+        ]
+        if not compiled:
+            self.install(*options)
+            return
+        say('Compiling mmcv takes 10 to 20 minutes on two cores, once')
+        self.uv('install', *self.requirements('-r', 'mmcv-build'))
+        self.install(*options, '--no-build-isolation-package', package, log='mmcv.log')
+        self.install(*self.requirements('-r', 'base'))  # the setuptools of before
+        self.call('-c', 'import mmcv.ops')
 
-def install_mmcv(environment, operators):
-    """Install mmcv, with its operators compiled if they are needed.
-
-    mmcv-lite and mmcv (and both builds of onedl-mmcv) own the same folder, so the one is removed
-    before the other is added. Classification accepts either.
-    """
-    build_key = digest([environment.file('mmcv')], *build_facts())
-    keys = {
-        'mmcv-lite': digest([environment.file('mmcv-lite')], *environment.identity),
-        'mmcv': digest([], build_key, *environment.identity),
-    }
-    accepted = {keys['mmcv']} if operators else set(keys.values())
-    if environment.stamped('mmcv') in accepted:
-        return
-    environment.begin('mmcv')
-    environment.uv('uninstall', '-q', 'mmcv', 'mmcv-lite', 'onedl-mmcv')
-    shutil.rmtree(environment.site / 'mmcv', ignore_errors=True)
-    name = 'mmcv' if operators else 'mmcv-lite'
-    requirements = ['-r', str(environment.file(name))]
-    package = 'onedl-mmcv' if environment.flavour == 'onedl' else 'mmcv'
-    if operators:
-        check_compiler()
-        say(
-            'Installing mmcv with its operators. Compiling them takes about 10 minutes on two '
-            'cores, once.'
+    def install_checkout(self):
+        """Compile vrwkv_ops, and install it and this checkout, both editable."""
+        self.install(
+            *('--no-build-isolation', '--no-deps', *self.requirements('-r', 'checkout')),
+            *('--config-settings-package', f'vrwkv-ops:key={build_key()}'),
+            log='vrwkv_ops.log',
         )
-        # uv tells builds in its cache apart by their settings, not by the torch they are for.
-        requirements += ['--no-build-isolation-package', package]
-        requirements += ['--config-settings-package', f'{package}:build-key={build_key[:16]}']
-        environment.install(*requirements, progress='mmcv')
-        code = 'import mmcv.ops'
-    else:
-        say('Installing mmcv without compiled operators')
-        requirements += ['--config-settings-package', f'{package}:build-key=lite']
-        environment.install(*requirements)
-        code = 'import mmcv'
-    if reason := environment.imports(code):
-        raise InstallError(f'{name} was installed but `{code}` fails: {reason}')
-    environment.stamp('mmcv', keys[name])
-
-
-def install_vrwkv_ops(environment):
-    """Compile vrwkv_ops and install it in editable mode."""
-    folder = ROOT / 'vrwkv_ops'
-    sources = [folder / 'pyproject.toml', folder / 'setup.py', *folder.glob('build_tools/*.py')]
-    sources += [path for path in folder.glob('csrc/**/*') if path.is_file()]
-    skips = [os.environ.get(f'VRWKV_OPS_SKIP_{what}') for what in ('BUILD', 'CUDA')]
-    facts = [*environment.identity, *build_facts(), *skips]
-    key = digest(sources, *facts)
-    if environment.stamped('vrwkv_ops') == key:
-        return
-    code = 'import vrwkv_ops'
-    if not os.environ.get('VRWKV_OPS_SKIP_BUILD'):
-        check_compiler()
-        code += COMPILED_FOR_CPU
-    environment.begin('vrwkv_ops')
-    say('Compiling vrwkv_ops')
-    environment.install(
-        *('--no-build-isolation', '--no-deps', '--reinstall-package', 'vrwkv-ops'),
-        *('-e', str(folder)),
-        progress='vrwkv_ops',
-    )
-    if reason := environment.imports(code):
-        log = environment.state / 'vrwkv_ops.log'
-        raise InstallError(f'The kernels of vrwkv_ops do not work: {reason}. Build log: {log}')
-    environment.run('-m', 'vrwkv_ops', cwd=environment.state)
-    environment.stamp('vrwkv_ops', key)
-
-
-def install_project(environment):
-    """Install this checkout's own packages in editable mode."""
-    present = [name for name in PACKAGES if (ROOT / name / '__init__.py').exists()]
-    key = digest([ROOT / 'pyproject.toml'], *environment.identity, *present)
-    if environment.stamped('project') == key:
-        return
-    environment.begin('project')
-    say('Installing this checkout')
-    environment.install(
-        *('--no-build-isolation', '--no-deps', '--reinstall-package', 'vision-rwkv', '-q'),
-        *('-e', str(ROOT)),
-    )
-    for name in present:
-        package = Path(name).name
-        code = f"import importlib.util as i, sys; i.find_spec('{package}') or sys.exit('not found')"
-        if reason := environment.imports(code):
-            raise InstallError(f'This checkout was installed but {package} is {reason}')
-    environment.stamp('project', key)
 
 
 def install(environment, purpose):
-    """Install everything that `purpose` ('lint', 'demo' or 'test') needs."""
-    environment.create()
-    if environment.changing.exists():
-        environment.repair()
-    if purpose != 'demo':
-        code = 'import pytest, pytest_timeout, codespell_lib'
-        environment.step('test-tools', [REQUIREMENTS / 'test.txt'], code)
+    """Install everything that `purpose` needs."""
+    kernels = purpose != 'lint' and not os.environ.get('VRWKV_OPS_SKIP_BUILD')
+    if kernels and not any(environment.site.glob('vrwkv_ops-*')):
+        check_compiler()
+    identity = environment.open()
+    files = PURPOSES['dense' if purpose.startswith('mmcv') else purpose]
+    environment.install(*environment.requirements('-r', *files))
     if purpose != 'lint':
-        install_base(environment)
-        install_mmcv(environment, operators=purpose == 'test')
-        code = 'import mmengine, mmpretrain'
-        environment.step('classification', [environment.file('classification')], code)
-        environment.step('demo', [REQUIREMENTS / 'demo.txt'], 'import sklearn')
-        if purpose == 'test':
-            code = 'import mmdet, mmseg.models'
-            environment.step('dense', [environment.file('dense')], code)
-        install_vrwkv_ops(environment)
-        install_project(environment)
-    environment.changing.unlink(missing_ok=True)
+        found, compiled = environment.mmcv()
+        compiled = compiled and len(found) == 1  # two at once: some files are of the other one
+        environment.install_mmcv({'mmcv': True, 'mmcv-lite': False}.get(purpose, compiled))
+        environment.install_checkout()
+    environment.complete.write_text(identity)
 
 
 def main():
     """Parse the command line and install."""
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
-    parser.add_argument('purpose', choices=('lint', 'demo', 'test'))
+    parser.add_argument('purpose', choices=(*PURPOSES, 'mmcv', 'mmcv-lite'))
     parser.add_argument('--venv', type=Path, required=True, help='folder of the environment')
-    parser.add_argument('--openmmlab', choices=FLAVOURS, default=FLAVOURS[0])
+    parser.add_argument('--openmmlab', choices=('openmmlab', 'onedl'), default='openmmlab')
     arguments = parser.parse_args()
     try:
-        check_venv_module()
+        check_machine()
         path = Path(os.path.abspath(arguments.venv))
         path.parent.mkdir(parents=True, exist_ok=True)
         with (path.parent / f'.{path.name.lstrip(".")}.lock').open('w') as lock:
@@ -463,10 +295,8 @@ def main():
             install(Environment(path, arguments.openmmlab), arguments.purpose)
     except InstallError as error:
         sys.exit(f'[install] Error: {error}')
-    except subprocess.CalledProcessError as error:
-        sys.exit(f'[install] Error: {error}')
     except KeyboardInterrupt:
-        sys.exit('\n[install] Interrupted: the same make command goes on from here.')
+        sys.exit('\n[install] Interrupted: the same make command makes the environment anew.')
 
 
 if __name__ == '__main__':
