@@ -1,4 +1,4 @@
-"""Adds the optional compiled kernels to what pyproject.toml states."""
+"""Add the compiled kernels to what pyproject.toml states."""
 
 import sys
 from pathlib import Path
@@ -6,6 +6,6 @@ from pathlib import Path
 from setuptools import setup
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / 'build_tools'))
-from kernels import BuildKernels, placeholders
+from kernels import BuildKernels, Wheel, placeholders
 
-setup(ext_modules=placeholders(), cmdclass={'build_ext': BuildKernels})
+setup(ext_modules=placeholders(), cmdclass={'build_ext': BuildKernels, 'bdist_wheel': Wheel})

@@ -1,11 +1,11 @@
-// The operators of csrc/cuda as torch.ops.vrwkv_emulated, for tensors on the CPU.
+// The operators of csrc/*/cuda.cu as torch.ops.vrwkv_emulated, for tensors on the CPU.
 #include "cuda_emulator.h"
 
 #include <torch/library.h>
 
 #include <utility>
 
-#include "ops.h"
+#include "operators.h"
 
 namespace {
 

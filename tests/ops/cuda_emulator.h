@@ -1,4 +1,4 @@
-// Runs CUDA kernels on the CPU: the threads of a block take turns and meet at its barriers. It knows what csrc/cuda uses. Test
+// Runs CUDA kernels on the CPU: the threads of a block take turns and meet at its barriers. It knows what csrc/*/cuda.cu uses. Test
 // code puts it in the place of CUDA's and PyTorch's CUDA headers, and turns launches into calls of emulator::launch.
 #pragma once
 

@@ -29,7 +29,7 @@ if os.environ.get('TRITON_INTERPRET') != '1':
 
 from vrwkv_ops.triton import bi_wkv as kernels
 from vrwkv_ops.triton import pointwise
-from vrwkv_ops.triton import shift as shift_kernels
+from vrwkv_ops.triton import token_shift as shift_kernels
 
 # From here on, the public functions run Triton's kernels on CPU tensors.
 backend.serve('CPU', ops.SCAN_KERNELS)

@@ -1,13 +1,19 @@
-"""What is built where, and what ``python -m vrwkv_ops`` says of it."""
+"""The build of the kernels, their loading, and the reports of ``python -m vrwkv_ops``."""
 
+import importlib.metadata
 import importlib.util
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+import tarfile
 import warnings
+import zipfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -68,17 +74,44 @@ def test_builds_for_the_cpu_alone(env, machine, why, fix):
     assert why in parts['cuda'].why and fix in parts['cuda'].fix
 
 
+def test_builds_nothing_when_asked_by_name():
+    for part in kernels.plan({'VRWKV_OPS_SKIP_BUILD': '1'}, GPU_MACHINE).values():
+        assert not part.built and 'VRWKV_OPS_SKIP_BUILD' in part.why and 'Unset' in part.fix
+
+
 @pytest.mark.parametrize(
-    ('env', 'machine', 'why', 'fix'),
+    ('machine', 'why', 'fix'),
     [
-        ({'VRWKV_OPS_SKIP_BUILD': '1'}, GPU_MACHINE, 'VRWKV_OPS_SKIP_BUILD', 'Unset'),
-        ({}, kernels.Machine(torch_problem='No module'), 'No module', '--no-build-isolation'),
-        ({}, replace(GPU_MACHINE, cxx_problem='no C++ compiler'), 'no C++', 'compiler'),
+        (kernels.Machine(torch_problem='No module'), 'No module', '--no-build-isolation'),
+        (
+            replace(GPU_MACHINE, torch='2.3.1+cu121'),
+            'too old',
+            "pip install --upgrade 'torch>=2.4'",
+        ),
+        (replace(GPU_MACHINE, cxx_problem='no C++ compiler'), r'no C\+\+', 'apt-get install g'),
+        (kernels.Machine(platform_problem='Linux only'), 'Linux only', 'VRWKV_OPS_SKIP_BUILD=1'),
     ],
 )
-def test_builds_nothing(env, machine, why, fix):
-    for part in kernels.plan(env, machine).values():
-        assert not part.built and why in part.why and fix in part.fix
+def test_fails_without_cpu_kernels(machine, why, fix):
+    """One line that says why and what to type; leaving the kernels out must be asked for."""
+    with pytest.raises(SetupError, match=f'{why}.*{fix}') as error:
+        kernels.plan({}, machine)
+    assert '\n' not in str(error.value)
+    assert not kernels.plan({'VRWKV_OPS_SKIP_BUILD': '1'}, machine)['cpu'].built
+
+
+@pytest.mark.parametrize(
+    ('system', 'maxsize', 'problem'),
+    [
+        ('linux', 2**63 - 1, ''),
+        ('linux', 2**31 - 1, '64-bit Python'),
+        ('darwin', 2**63 - 1, 'Linux only'),
+        ('win32', 2**63 - 1, 'Linux only'),
+    ],
+)
+def test_platforms(system, maxsize, problem):
+    found = kernels._platform_problem(system, 'x86_64', maxsize)
+    assert problem in found if problem else not found
 
 
 @pytest.mark.parametrize(
@@ -106,28 +139,59 @@ def test_compiler_probe(compiler, problem):
     assert problem in found if problem else not found
 
 
-def test_failed_compilation_leaves_a_package_that_says_so(tmp_path):
+def test_failed_compilation_fails_the_install(tmp_path):
     """``build_ext`` itself, with a compiler that passes the probe and fails on the sources."""
     compiler = tmp_path / 'c++'
-    compiler.write_text('#!/bin/sh\ncase "$*" in *probe.cpp*) exec c++ "$@";; esac\nexit 1\n')
+    compiler.write_text(
+        '#!/bin/sh\ncase "$*" in *probe.cpp*) exec c++ "$@";; esac\necho "no such type"\nexit 1\n'
+    )
     compiler.chmod(0o755)
-    build = [
-        sys.executable,
-        'setup.py',
-        'build_ext',
-        '-b',
-        tmp_path / 'lib',
-        '-t',
-        tmp_path / 'tmp',
-    ]
-    env = {**_environment(), 'CXX': str(compiler), 'CC': str(compiler), 'VRWKV_OPS_SKIP_CUDA': '1'}
+    build = [sys.executable, 'setup.py', 'build_ext', '-b', tmp_path / 'lib', '-t', tmp_path / 'o']
+    env = {**_environment(), 'CXX': str(compiler), 'VRWKV_OPS_SKIP_CUDA': '1'}
     result = subprocess.run(build, cwd=_PACKAGE, env=env, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert 'no such type' in result.stderr and 'Traceback' not in result.stderr
+    assert result.stderr.splitlines()[-1].endswith('VRWKV_OPS_SKIP_BUILD=1 pip install ./vrwkv_ops')
+    assert not (tmp_path / 'lib' / 'vrwkv_ops' / '_build_info.json').exists()
+
+
+def test_package_without_kernels(tmp_path):
+    """A wheel built without kernels, by name: its tag, what is in it, and its record."""
+    source = tmp_path / 'source'
+    unwanted = shutil.ignore_patterns('build', '*.egg-info', '*.so', '_build_info.json')
+    shutil.copytree(_PACKAGE, source, ignore=unwanted)
+    build = [sys.executable, 'setup.py', '-q', 'bdist_wheel', '-d', tmp_path]
+    env = {**_environment(), 'VRWKV_OPS_SKIP_BUILD': '1'}
+    result = subprocess.run(build, cwd=source, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert 'no cpu kernels: compilation failed' in result.stdout + result.stderr
-    info = json.loads((tmp_path / 'lib' / 'vrwkv_ops' / '_build_info.json').read_text())
-    assert info['torch'] == torch.__version__
-    assert not info['cpu']['built'] and 'compilation failed' in info['cpu']['why']
-    assert 'pip install -v' in info['cpu']['fix']
+    (wheel,) = tmp_path.glob('*.whl')
+    assert re.fullmatch(r'vrwkv_ops-[\d.]+-py3-none-linux_\w+\.whl', wheel.name)
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        info = json.loads(archive.read('vrwkv_ops/_build_info.json'))
+        (metadata,) = (archive.read(name) for name in names if name.endswith('/METADATA'))
+        (licence,) = (archive.read(name) for name in names if name.endswith('/LICENSE'))
+    assert not info['cpu']['built'] and 'VRWKV_OPS_SKIP_BUILD' in info['cpu']['why']
+    assert 'vrwkv_ops/triton/bi_wkv.py' in names
+    assert licence == (_PACKAGE.parent / 'LICENSE').read_bytes()
+    assert b'License-Expression: Apache-2.0' in metadata
+    assert b'](../' not in metadata  # the README is read alone
+
+
+def test_source_archive_builds_kernels(tmp_path):
+    """All that the build reads is in the source archive."""
+    source = tmp_path / 'source'
+    unwanted = shutil.ignore_patterns('build', '*.egg-info', '*.so', '_build_info.json')
+    shutil.copytree(_PACKAGE, source, ignore=unwanted)
+    build = [sys.executable, 'setup.py', '-q', 'sdist', '-d', tmp_path]
+    subprocess.run(build, cwd=source, check=True, capture_output=True)
+    (archive,) = tmp_path.glob('*.tar.gz')
+    with tarfile.open(archive) as file:
+        names = {name.partition('/')[2] for name in file.getnames()}
+    read = ['csrc/**/*.h', 'csrc/**/*.cpp', 'csrc/**/*.cu', 'build_tools/*.py', 'src/**/*.py']
+    wanted = {p.relative_to(source).as_posix() for pattern in read for p in source.glob(pattern)}
+    assert len(wanted) > 40
+    assert wanted | {'LICENSE', 'README.md', 'pyproject.toml', 'setup.py'} <= names
 
 
 def _environment():
@@ -170,7 +234,7 @@ def test_never_built(fresh_backends, monkeypatch, tmp_path):
     backends.load()
     cuda, _, cpu, scan = backends.diagnose()
     assert not cuda.available and not cpu.available and scan.available
-    assert 'never built' in cpu.why and 'pip install' in cpu.fix
+    assert 'not compiled' in cpu.why and 'pip install' in cpu.fix
 
 
 def test_built_for_another_torch(fresh_backends, monkeypatch, tmp_path):
@@ -179,10 +243,48 @@ def test_built_for_another_torch(fresh_backends, monkeypatch, tmp_path):
         backends.load()
     cuda, _, cpu, _ = backends.diagnose()
     assert not cpu.available and 'torch 1.13.1+cu117' in cpu.why and 'Reinstall' in cpu.fix
-    assert cuda.why == 'no nvcc was found' and cuda.fix == 'Install it'
+    assert cuda.why == 'no nvcc was found' and cuda.fix.startswith('Install it: ')
     with warnings.catch_warnings():  # said once, at import
         warnings.simplefilter('error')
         backends.warn_if_slow(torch.device('cpu'))
+
+
+@pytest.mark.parametrize(
+    ('origin', 'installer', 'command'),
+    [
+        (
+            {'url': 'file:///a%20b/vrwkv_ops', 'dir_info': {}},
+            'pip',
+            "pip install {} '/a b/vrwkv_ops'",
+        ),
+        ({'url': 'file:///a', 'dir_info': {'editable': True}}, 'uv', 'uv pip install {} -e /a'),
+        (
+            {
+                'url': 'https://host/v.git',
+                'vcs_info': {'vcs': 'git', 'commit_id': 'abc'},
+                'subdirectory': 'vrwkv_ops',
+            },
+            'pip',
+            "pip install {} 'git+https://host/v.git@abc#subdirectory=vrwkv_ops'",
+        ),
+        ({'url': 'file:///v.whl', 'archive_info': {}}, 'pip', 'pip install {} <the sources of'),
+        (None, 'uv', 'uv pip install {} <the sources of'),
+    ],
+)
+def test_how_to_reinstall(monkeypatch, origin, installer, command):
+    files = {'direct_url.json': origin and json.dumps(origin), 'INSTALLER': f'{installer}\n'}
+    distribution = SimpleNamespace(read_text=files.get)
+    monkeypatch.setattr(backends.importlib.metadata, 'distribution', lambda name: distribution)
+    options = '--force-reinstall --no-deps --no-build-isolation'
+    assert backends.reinstall_command().startswith(command.format(options))
+
+
+def test_how_to_compile_a_source_folder(monkeypatch):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError
+
+    monkeypatch.setattr(backends.importlib.metadata, 'distribution', missing)
+    assert backends.reinstall_command().endswith(f'-e {_PACKAGE}')
 
 
 def test_file_that_does_not_load(fresh_backends, monkeypatch, tmp_path):

@@ -1,6 +1,6 @@
 """The CUDA kernels, run on the CPU by an emulator: what a machine without a GPU can show.
 
-It compiles csrc/cuda for the CPU, with cuda_emulator.h in the place of CUDA's headers and its
+It compiles csrc/*/cuda.cu for the CPU, with cuda_emulator.h in the place of CUDA's headers and its
 launches replaced. Threads, barriers, shared memory and its limits are those of CUDA; times, warps
 and races within a phase are not.
 """
@@ -49,24 +49,27 @@ def emulated(source: str) -> str:
 
 @pytest.fixture(scope='module')
 def library(tmp_path_factory):
-    """The operators of csrc/cuda, for tensors on the CPU."""
+    """The operators of csrc/*/cuda.cu, for tensors on the CPU."""
     folder = tmp_path_factory.mktemp('emulated')
     for name in HEADERS:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text('#include "cuda_emulator.h"\n')
-    sources = [HERE / 'cuda_emulator.cpp']
-    for source in sorted((CSRC / 'cuda').glob('*.cu')):
-        sources.append(folder / f'{source.stem}.cpp')
-        sources[-1].write_text(emulated(source.read_text()))
+    sources = {HERE / 'cuda_emulator.cpp': CSRC}  # and the folder of their headers
+    for source in sorted(CSRC.glob('*/cuda.cu')):
+        copy = folder / f'{source.parent.name}.cpp'
+        copy.write_text(emulated(source.read_text()))
+        sources[copy] = source.parent
     compiler = cpp_extension.get_cxx_compiler()
-    paths = (folder, HERE, CSRC, CSRC / 'cuda', *cpp_extension.include_paths())
+    paths = (folder, HERE, *cpp_extension.include_paths())
     # CUDA fuses multiply-adds, which exponents rely on.
     flags = ['-std=c++20', '-O1', '-fPIC', '-w', '-DVRWKV_HAS_FMA=1']
     flags += [f'-I{path}' for path in paths]
 
     def compile_file(source: Path) -> str:
-        command = [compiler, *flags, '-c', str(source), '-o', str(folder / f'{source.stem}.o')]
+        headers = f'-I{sources[source]}'
+        target = str(folder / f'{source.stem}.o')
+        command = [compiler, *flags, headers, '-c', str(source), '-o', target]
         result = subprocess.run(command, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr[-3000:]
         return command[-1]

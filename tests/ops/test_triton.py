@@ -12,7 +12,8 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vrwkv_ops.triton import bi_wkv, pointwise, shift
+from vrwkv_ops.triton import bi_wkv, pointwise
+from vrwkv_ops.triton import token_shift as shift
 
 TESTS = Path(__file__).parent / 'interpreted_triton.py'
 

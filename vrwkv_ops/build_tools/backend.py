@@ -1,9 +1,9 @@
-"""PEP 517 backend: setuptools', with the torch of the target environment in sight.
+"""PEP 517 backend: setuptools' own, which also finds the torch of the target environment.
 
 pip builds in an isolated environment: it starts the target's Python with ``PYTHONPATH`` set to an
-overlay that hides the site-packages. The kernels need the very torch that they will run with, so
-those folders are appended again, behind the overlay. (uv builds with another Python, whose
-site-packages hold no torch: use ``--no-build-isolation`` there.)
+overlay that hides the site-packages. The kernels must be compiled for the torch that they will run
+with, so this backend appends the hidden folders to ``sys.path``. uv builds with another Python,
+from which the target cannot be found; there the build fails and asks for ``--no-build-isolation``.
 """
 
 import importlib.util

@@ -1,11 +1,11 @@
-"""Builds the compiled kernels as far as the machine allows, and records what was built.
+"""Compile the kernels and record what was compiled.
 
-Two extension modules, ``vrwkv_ops._C`` (CPU) and ``vrwkv_ops._C_cuda``, are built apart from each
-other, so that one may fail or be left out. A failure is no error, since the package works without
-them, unless ``FORCE_CUDA=1`` asked for CUDA. Environment variables:
+Two libraries, one for the CPU and one for CUDA, are compiled apart from each other. They hold no
+Python code: ``torch.ops.load_library`` loads them, and one wheel serves every Python version. An
+install without CPU kernels must be asked for by name. Environment variables:
 
-- ``FORCE_CUDA=1``: build for CUDA even where no GPU is in sight; fail if that is impossible.
-- ``TORCH_CUDA_ARCH_LIST``: architectures to build for, e.g. ``8.0;9.0+PTX``.
+- ``FORCE_CUDA=1``: compile for CUDA even where no GPU is visible; fail if that is impossible.
+- ``TORCH_CUDA_ARCH_LIST``: architectures to compile for, e.g. ``8.0;9.0+PTX``.
 - ``VRWKV_OPS_SKIP_CUDA=1``: no CUDA kernels.
 - ``VRWKV_OPS_SKIP_BUILD=1``: no compiled kernels at all.
 - ``CXX``, ``CUDA_HOME``, ``MAX_JOBS``: as for any PyTorch extension.
@@ -13,49 +13,65 @@ them, unless ``FORCE_CUDA=1`` asked for CUDA. Environment variables:
 
 import json
 import os
+import platform
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
-import traceback
+import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from setuptools import Extension
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import SetupError
 
 ROOT = Path(__file__).resolve().parent.parent
-MODULES = {'cpu': 'vrwkv_ops._C', 'cuda': 'vrwkv_ops._C_cuda'}
-SOURCES = {'cpu': ('csrc/*.cpp', 'csrc/cpu/*.cpp'), 'cuda': ('csrc/*.cpp', 'csrc/cuda/*.cu')}
+CSRC = ROOT / 'csrc'
+LIBRARIES = {'cpu': 'libvrwkv_ops_cpu.so', 'cuda': 'libvrwkv_ops_cuda.so'}
 BUILD_INFO = '_build_info.json'
 DEFAULT_CUDA_ARCHS = ('8.0', '9.0', '12.0')
+OLDEST_TORCH = (2, 4)
 
 # No -ffast-math: infinities and NaN keep their meaning. No -march: an installed file may move.
-CXX_FLAGS = ['-O3', '-g0', '-fno-math-errno', '-fno-trapping-math', '-ffp-contract=off']
-NVCC_FLAGS = ['-O3']
-# at::parallel_for is a header and needs it; Apple's clang has no OpenMP.
-OPENMP_FLAGS = [] if sys.platform == 'darwin' else ['-fopenmp']
+# No contraction: results are the same at every optimisation level.
+CXX_FLAGS = [
+    *('-g0', '-fPIC', '-fopenmp'),
+    *('-fno-math-errno', '-fno-trapping-math', '-ffp-contract=off'),
+]
+# cpu_kernels.cpp is compiled once for each instruction set. The portable kernels serve all
+# processors but x86-64; there they serve those older than 2013 only, and compile time matters more.
+INSTRUCTION_SETS = {'portable': ['-O3']}
+if platform.machine() == 'x86_64':
+    INSTRUCTION_SETS = {
+        'avx2': ['-O3', '-DVRWKV_CPU_AVX2'],
+        'avx512': ['-O3', '-DVRWKV_CPU_AVX512'],
+        'portable': ['-O1'],
+    }
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What of the machine bears on the build."""
+    """Machine properties that affect the build."""
 
+    platform_problem: str = ''  # why kernels cannot be compiled for this platform
     torch: str | None = None  # version
     torch_problem: str = ''  # why it could not be imported
     torch_cuda: str | None = None  # CUDA version that torch was built with
     cxx_problem: str = ''  # why no C++ compiler works
     cuda_home: str | None = None
-    nvcc_archs: tuple[str, ...] = ()  # what nvcc can compile for
-    gpu_archs: tuple[str, ...] = ()  # of the GPUs in sight
+    nvcc_archs: tuple[str, ...] = ()  # architectures that nvcc can compile for
+    gpu_archs: tuple[str, ...] = ()  # architectures of the visible GPUs
 
 
 @dataclass
 class Part:
-    """Whether the kernels for one kind of device are built; if not, why, and what to do."""
+    """Whether the kernels for one kind of device are compiled; if not, why, and what to do."""
 
     built: bool
     why: str = ''
@@ -65,57 +81,64 @@ class Part:
 
 
 def is_set(env: Mapping[str, str], name: str) -> bool:
-    """Whether an environment variable switches something on."""
+    """Return whether an environment variable switches something on."""
     return env.get(name, '').strip().lower() not in ('', '0', 'false', 'no', 'off')
 
 
 def plan(env: Mapping[str, str], machine: Machine) -> dict[str, Part]:
-    """Decides what to build.
+    """Decide what to compile.
 
     Raises:
-        SetupError: If ``FORCE_CUDA`` asks for what is impossible.
+        SetupError: If the CPU kernels cannot be compiled and ``VRWKV_OPS_SKIP_BUILD`` is not set,
+            or if ``FORCE_CUDA`` asks for what is impossible.
     """
     force_cuda = is_set(env, 'FORCE_CUDA')
     for name in ('VRWKV_OPS_SKIP_BUILD', 'VRWKV_OPS_SKIP_CUDA'):
-        if force_cuda and is_set(env, name):
-            raise SetupError(f'FORCE_CUDA and {name} are both set and contradict: unset one')
-
-    cpu = _plan_cpu(env, machine)
-    cuda = _plan_cuda(env, machine, force_cuda) if cpu.built else Part(False, cpu.why, cpu.fix)
+        if is_set(env, name):
+            if force_cuda:
+                raise SetupError(f'FORCE_CUDA and {name} are both set and contradict: unset one')
+            skipped = Part(
+                False, f'{name} was set when vrwkv_ops was installed', 'Unset it and reinstall'
+            )
+            if name == 'VRWKV_OPS_SKIP_BUILD':
+                return {'cpu': skipped, 'cuda': skipped}
+            break
+    else:
+        skipped = None
+    if problem := _cpu_problem(machine):
+        raise SetupError(problem)
+    cuda = skipped or _plan_cuda(env, machine, force_cuda)
     if force_cuda and not cuda.built:
         raise SetupError(f'FORCE_CUDA is set, but {cuda.why}. {cuda.fix}')
-    return {'cpu': cpu, 'cuda': cuda}
+    return {'cpu': Part(True), 'cuda': cuda}
 
 
-def _plan_cpu(env: Mapping[str, str], machine: Machine) -> Part:
-    if is_set(env, 'VRWKV_OPS_SKIP_BUILD'):
-        return Part(
-            False,
-            'VRWKV_OPS_SKIP_BUILD was set when vrwkv_ops was installed',
-            'Unset it and reinstall',
-        )
+def _cpu_problem(machine: Machine) -> str:
+    """Return why the CPU kernels cannot be compiled and what to type; '' if they can."""
+    pip = 'uv pip' if 'UV' in os.environ else 'pip'  # uv sets it for the builds that it starts
+    without = f'VRWKV_OPS_SKIP_BUILD=1 {pip} install ./vrwkv_ops (35 times slower)'
+    if machine.platform_problem:
+        return f'vrwkv_ops: {machine.platform_problem}. Install without kernels: {without}'
     if machine.torch is None:
-        return Part(
-            False,
-            f'torch could not be imported when vrwkv_ops was built ({machine.torch_problem})',
-            'Install torch first, then reinstall with --no-build-isolation',
+        return (
+            f'vrwkv_ops: this build does not find torch ({machine.torch_problem}), for which the '
+            f"kernels must be compiled. Type: {pip} install torch 'setuptools>=77' && "
+            f'{pip} install --no-build-isolation ./vrwkv_ops'
+        )
+    if _release(machine.torch) < OLDEST_TORCH:
+        return (
+            f'vrwkv_ops: torch {machine.torch} is too old, 2.4 or newer is needed. '
+            f"Type: {pip} install --upgrade 'torch>=2.4', then install vrwkv_ops again"
         )
     if machine.cxx_problem:
-        return Part(
-            False,
-            machine.cxx_problem,
-            'Install a C++ compiler (e.g. the package g++) or point CXX to one, then reinstall',
+        return (
+            f'vrwkv_ops: {machine.cxx_problem}. Install one (Debian, Ubuntu: apt-get install g++) '
+            f'or set CXX, or install without kernels: {without}'
         )
-    return Part(True)
+    return ''
 
 
 def _plan_cuda(env: Mapping[str, str], machine: Machine, force: bool) -> Part:
-    if is_set(env, 'VRWKV_OPS_SKIP_CUDA'):
-        return Part(
-            False,
-            'VRWKV_OPS_SKIP_CUDA was set when vrwkv_ops was installed',
-            'Unset it and reinstall',
-        )
     if machine.torch_cuda is None:
         return Part(
             False,
@@ -132,17 +155,17 @@ def _plan_cuda(env: Mapping[str, str], machine: Machine, force: bool) -> Part:
         return Part(
             False,
             'torch saw no GPU when vrwkv_ops was built',
-            'Reinstall where a GPU is in sight, or with FORCE_CUDA=1 to build for others',
+            'Reinstall where a GPU is visible, or with FORCE_CUDA=1',
         )
     return Part(True, archs=env.get('TORCH_CUDA_ARCH_LIST', '').strip() or _default_archs(machine))
 
 
 def _default_archs(machine: Machine) -> str:
-    """The GPUs in sight; where there are none, those most in use that nvcc and torch know."""
+    """Return the visible GPUs; without any, common ones that nvcc and torch know."""
     if machine.gpu_archs:
         return ';'.join(machine.gpu_archs)
     # torch's own table of architectures has 12.0 from 2.7 on.
-    new_torch = tuple(int(n) for n in re.findall(r'\d+', machine.torch)[:2]) >= (2, 7)
+    new_torch = _release(machine.torch) >= (2, 7)
     archs = [
         arch
         for arch in DEFAULT_CUDA_ARCHS
@@ -151,12 +174,20 @@ def _default_archs(machine: Machine) -> str:
     return ';'.join(archs) + '+PTX' if archs else '8.0+PTX'
 
 
+def _release(version: str) -> tuple[int, ...]:
+    """Return major and minor version."""
+    return tuple(int(number) for number in re.findall(r'\d+', version)[:2])
+
+
 def inspect_machine() -> Machine:
-    """Looks at torch, compilers and GPUs of the running environment."""
+    """Look at the platform, torch, the compilers and the GPUs."""
+    problem = _platform_problem(sys.platform, platform.machine(), sys.maxsize)
+    if problem:
+        return Machine(platform_problem=problem)
     try:
         import torch
         from torch.utils import cpp_extension
-    except Exception as error:  # a broken torch may raise anything, and must not stop the install
+    except Exception as error:  # a broken torch may raise anything
         return Machine(torch_problem=f'{type(error).__name__}: {error}')
     cuda_home, nvcc_archs = _find_cuda(cpp_extension)
     gpus = range(torch.cuda.device_count()) if torch.version.cuda else ()
@@ -164,11 +195,23 @@ def inspect_machine() -> Machine:
     return Machine(
         torch=torch.__version__,
         torch_cuda=torch.version.cuda,
-        cxx_problem=_cxx_problem(shlex.split(os.environ.get('CXX', 'c++'))),
+        cxx_problem=_cxx_problem(_cxx()),
         cuda_home=cuda_home,
         nvcc_archs=nvcc_archs,
         gpu_archs=tuple(f'{major}.{minor}' for major, minor in capabilities),
     )
+
+
+def _platform_problem(system: str, machine: str, maxsize: int) -> str:
+    if system != 'linux':
+        return f'the kernels compile on Linux only, and this is {system}'
+    if maxsize < 2**32:
+        return f'the kernels need a 64-bit Python, and this one has 32 bits ({machine})'
+    return ''
+
+
+def _cxx() -> list[str]:
+    return shlex.split(os.environ.get('CXX', '')) or ['c++']
 
 
 def _cxx_problem(compiler: list[str]) -> str:
@@ -192,7 +235,7 @@ def _cxx_problem(compiler: list[str]) -> str:
 
 
 def _find_cuda(cpp_extension) -> tuple[str | None, tuple[str, ...]]:
-    """The CUDA toolkit that torch's build would use, and the architectures that its nvcc knows."""
+    """Return the CUDA toolkit that torch finds and the architectures that its nvcc knows."""
     home = cpp_extension.CUDA_HOME
     if home is None or not Path(home, 'bin', 'nvcc').exists():
         return None, ()
@@ -213,83 +256,152 @@ def _output(command: list[str]) -> str:
     return result.stdout
 
 
+# --- Compiling --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Command:
+    """A compiler call that makes one object file."""
+
+    name: str
+    words: tuple[str, ...]
+    target: Path
+
+
+def compile_commands(parts: Mapping[str, Part], cuda_home: str | None, folder: Path) -> dict:
+    """Return the compiler calls of each part that is built, the slowest first."""
+    import torch
+    from torch.utils import cpp_extension
+
+    # torch's own extension builder names the C++ standard that its headers need.
+    standards = re.findall(r'-std=(c\+\+\d\d)', Path(cpp_extension.__file__).read_text())
+    common = [f'-std={max(standards, default="c++17")}']
+    common.append(f'-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}')
+    cxx = [*_cxx(), *CXX_FLAGS, *common]
+
+    def command(compiler: list[str], source: Path, variant: str = '') -> Command:
+        name = f'{source.relative_to(CSRC)}{variant and f" for {variant}"}'
+        target = folder / f'{name.replace("/", "-").replace(" ", "-")}.o'
+        return Command(name, (*compiler, '-c', str(source), '-o', str(target)), target)
+
+    commands = {}
+    if parts['cpu'].built:
+        headers = [f'-isystem{path}' for path in cpp_extension.include_paths()]
+        commands['cpu'] = [
+            command([*cxx, *headers, *flags], source, variant)
+            for source in sorted(CSRC.glob('*/cpu_kernels.cpp'))
+            for variant, flags in INSTRUCTION_SETS.items()
+        ]
+        sources = [*CSRC.glob('*/cpu.cpp'), CSRC / 'registration.cpp']
+        commands['cpu'] += [command([*cxx, '-O1', *headers], source) for source in sorted(sources)]
+    if parts['cuda'].built:
+        os.environ['TORCH_CUDA_ARCH_LIST'] = parts['cuda'].archs
+        headers = [f'-isystem{path}' for path in cpp_extension.include_paths('cuda')]
+        flags = [*common, *headers, '-DVRWKV_OPS_WITH_CUDA']
+        nvcc = [str(Path(cuda_home, 'bin', 'nvcc')), '-O3', '-Xcompiler', '-fPIC']
+        nvcc += ['-ccbin', _cxx()[0]] if os.environ.get('CXX') else []
+        nvcc += [*cpp_extension.COMMON_NVCC_FLAGS, *cpp_extension._get_cuda_arch_flags()]
+        commands['cuda'] = [
+            *(command([*nvcc, *flags], source) for source in sorted(CSRC.glob('*/cuda.cu'))),
+            command([*cxx, '-O1', *flags], CSRC / 'registration.cpp', 'cuda'),
+        ]
+    return commands
+
+
+def compile_all(commands: list[Command]) -> None:
+    """Run compiler calls on all cores, and print each that is done.
+
+    Raises:
+        SetupError: If a call fails; the compiler's output has been printed.
+    """
+    jobs = int(os.environ.get('MAX_JOBS') or len(os.sched_getaffinity(0)))
+    start = time.monotonic()
+    sys.stderr.write(f'vrwkv_ops: compiling {len(commands)} files, {jobs} at a time\n')
+    sys.stderr.flush()
+
+    def call(command: Command) -> str:
+        command.target.parent.mkdir(parents=True, exist_ok=True)
+        result = subprocess.run(
+            command.words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        if result.returncode:
+            raise SetupError(f'{shlex.join(command.words)}\n{result.stdout}')
+        return result.stdout
+
+    with ThreadPoolExecutor(jobs) as pool:
+        calls = {pool.submit(call, command): command for command in commands}
+        for done, future in enumerate(as_completed(calls), 1):
+            try:
+                output = future.result()
+            except SetupError:
+                pool.shutdown(cancel_futures=True)
+                raise
+            name, seconds = calls[future].name, time.monotonic() - start
+            sys.stderr.write(f'[{done}/{len(commands)}] {name} ({seconds:.0f} s)\n{output}')
+            sys.stderr.flush()
+
+
+def link(objects: list[Path], target: Path, cuda: bool) -> None:
+    """Link a library against torch.
+
+    Raises:
+        SetupError: If the linker fails.
+    """
+    from torch.utils import cpp_extension
+
+    libraries = ['c10', 'torch', 'torch_cpu']
+    if cuda:
+        libraries += ['cudart', 'c10_cuda', 'torch_cuda']
+    folders = cpp_extension.library_paths(*(['cuda'] if cuda else []))
+    words = [*_cxx(), '-shared', '-fopenmp', *map(str, objects), '-o', str(target)]
+    words += [*(f'-L{folder}' for folder in folders), *(f'-l{name}' for name in libraries)]
+    result = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if result.returncode:
+        raise SetupError(f'{shlex.join(words)}\n{result.stdout}')
+
+
+# --- setuptools -------------------------------------------------------------------------------
+
+
 def placeholders() -> list[Extension]:
-    """What setuptools must know before torch is imported: that there may be extension modules."""
-    return [Extension(name, _sources(part)) for part, name in MODULES.items()]
-
-
-def _sources(part: str) -> list[str]:
-    found = (path for pattern in SOURCES[part] for path in ROOT.glob(pattern))
-    return sorted(path.relative_to(ROOT).as_posix() for path in found)
+    """Return an extension module that makes setuptools run :class:`BuildKernels`."""
+    return [Extension('vrwkv_ops.kernels', [])]
 
 
 class BuildKernels(build_ext):
-    """The ``build_ext`` command: builds what :func:`plan` says and writes the record."""
+    """The ``build_ext`` command: compile what :func:`plan` says and write the record."""
 
     def run(self) -> None:
-        """Builds; raises only where ``FORCE_CUDA`` is set."""
+        """Compile.
+
+        Raises:
+            SetupError: If the kernels cannot be compiled; the message says what to type.
+        """
         machine = inspect_machine()
         parts = plan(os.environ, machine)
-        inplace = bool(self.inplace or getattr(self, 'editable_mode', False))
-        for name, part in parts.items():
-            if not part.built:
-                continue
-            try:
-                part.file = self._build(name, part, machine, inplace)
-            # Whatever the compiler's wrappers raise, SystemExit included, the package installs.
-            except (Exception, SystemExit) as error:
-                if name == 'cuda' and is_set(os.environ, 'FORCE_CUDA'):
-                    raise
-                traceback.print_exc()
-                part.built = False
-                part.why = f'compilation failed ({type(error).__name__}: {error})'.splitlines()[0]
-                part.fix = 'Reinstall with pip install -v to see the compiler errors'
-        for name, part in parts.items():
-            if not part.built:
-                self.warn(f'vrwkv_ops: no {name} kernels: {part.why}. {part.fix}.')
-        self.extensions = [e for e in self.extensions if parts[_part_of(e)].built]
-        self._write_record(machine, parts, inplace)
-
-    def _build(self, name: str, part: Part, machine: Machine, inplace: bool) -> str:
-        from torch.utils import cpp_extension
-
-        cuda = name == 'cuda'
-        if cuda:
-            os.environ['TORCH_CUDA_ARCH_LIST'] = part.archs
-        make = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
-        cxx_flags = CXX_FLAGS + OPENMP_FLAGS
-        extension = make(
-            MODULES[name],
-            _sources(name),
-            define_macros=[('VRWKV_OPS_WITH_CUDA', None)] if cuda else [],
-            extra_compile_args={'cxx': cxx_flags, 'nvcc': NVCC_FLAGS},
-            extra_link_args=OPENMP_FLAGS,
-        )
-        declared, self.distribution.ext_modules = self.distribution.ext_modules, [extension]
-        try:
-            builder = cpp_extension.BuildExtension(
-                self.distribution, use_ninja=cpp_extension.is_ninja_available()
-            )
-            builder.ensure_finalized()
-        finally:
-            self.distribution.ext_modules = declared
-        builder.inplace = inplace
-        builder.build_lib = self.build_lib
-        # Objects of another torch must not be reused, though no source has changed.
-        builder.build_temp = str(Path(self.build_temp, f'torch-{machine.torch}', name))
-        builder.force = True
-        builder.run()
-        return Path(builder.get_ext_filename(MODULES[name])).name
-
-    def _write_record(self, machine: Machine, parts: dict[str, Part], inplace: bool) -> None:
-        if inplace:
-            package = Path(self.get_finalized_command('build_py').get_package_dir('vrwkv_ops'))
-        else:
-            package = Path(self.build_lib, 'vrwkv_ops')
+        # Objects of another torch must not be reused.
+        folder = Path(self.build_temp).absolute() / f'torch-{machine.torch}'
+        shutil.rmtree(folder, ignore_errors=True)
+        package = self._package()
         package.mkdir(parents=True, exist_ok=True)
-        for name, module in MODULES.items():
-            if not parts[name].built:  # left by an earlier build
-                package.joinpath(Path(self.get_ext_filename(module)).name).unlink(missing_ok=True)
+        commands = compile_commands(parts, machine.cuda_home, folder) if parts['cpu'].built else {}
+        try:
+            # CUDA files take the longest.
+            compile_all([*commands.get('cuda', ()), *commands.get('cpu', ())])
+            for name, part in commands.items():
+                part_file = LIBRARIES[name]
+                link([command.target for command in part], package / part_file, name == 'cuda')
+                parts[name].file = part_file
+        except SetupError as error:
+            cuda = ' (without CUDA kernels: VRWKV_OPS_SKIP_CUDA=1)' if 'cuda' in commands else ''
+            raise SetupError(
+                f'{error}\nvrwkv_ops: the kernels do not compile, see above{cuda}. To install '
+                'without kernels: VRWKV_OPS_SKIP_BUILD=1 pip install ./vrwkv_ops'
+            ) from None
+        for name, part in parts.items():
+            if not part.built:
+                package.joinpath(LIBRARIES[name]).unlink(missing_ok=True)  # of an earlier build
+                self.warn(f'vrwkv_ops: no {name} kernels: {part.why}. {part.fix}.')
         record = {
             'torch': machine.torch,
             'torch_cuda': machine.torch_cuda,
@@ -297,6 +409,29 @@ class BuildKernels(build_ext):
         }
         package.joinpath(BUILD_INFO).write_text(json.dumps(record, indent=2) + '\n')
 
+    def get_outputs(self) -> list[str]:
+        """Return the files that a wheel takes from this command."""
+        package = self._package()
+        files = [package / name for name in (*LIBRARIES.values(), BUILD_INFO)]
+        return [str(path) for path in files if path.exists()]
 
-def _part_of(extension: Extension) -> str:
-    return next(part for part, name in MODULES.items() if name == extension.name)
+    def get_output_mapping(self) -> dict[str, str]:
+        """Return nothing: an editable install has the files in place."""
+        return {}
+
+    def get_source_files(self) -> list[str]:
+        """Return nothing: MANIFEST.in names the sources."""
+        return []
+
+    def _package(self) -> Path:
+        if self.inplace or getattr(self, 'editable_mode', False):
+            return Path(self.get_finalized_command('build_py').get_package_dir('vrwkv_ops'))
+        return Path(self.build_lib, 'vrwkv_ops')
+
+
+class Wheel(bdist_wheel):
+    """The ``bdist_wheel`` command: the kernels serve every Python 3 on their platform."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """Return Python, ABI and platform of the wheel."""
+        return 'py3', 'none', super().get_tag()[2]

@@ -1,7 +1,8 @@
-// Kernels for the operators that src/vrwkv_ops/ops.py defines. Compiled into each extension module: CPU and CUDA are apart.
+// Registers the kernels of the operators that src/vrwkv_ops/ops.py defines. The CPU and the CUDA library each compile this
+// file.
 #include <torch/library.h>
 
-#include "ops.h"
+#include "operators.h"
 
 #if defined(VRWKV_OPS_WITH_CUDA)
 namespace kernels = vrwkv_cuda;

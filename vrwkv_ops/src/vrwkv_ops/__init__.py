@@ -1,9 +1,16 @@
 """Operators of Vision-RWKV: the Bi-WKV attention and the token shifts.
 
 ``bi_wkv``, ``token_shift``, ``q_shift``, ``squared_relu`` and ``sigmoid_gate`` run compiled kernels
-where those were built and a vectorised pure-PyTorch path elsewhere. ``python -m vrwkv_ops`` tells
-which, and why.
+if there are any, and vectorised PyTorch otherwise. ``python -m vrwkv_ops`` shows which, and why.
 """
+
+import torch
+
+if not hasattr(torch.library, 'register_fake'):
+    raise ImportError(
+        f'vrwkv_ops needs torch 2.4 or newer, and this is torch {torch.__version__}. '
+        "Type: pip install --upgrade 'torch>=2.4'"
+    )
 
 from vrwkv_ops.ops import bi_wkv, q_shift, sigmoid_gate, squared_relu, token_shift
 

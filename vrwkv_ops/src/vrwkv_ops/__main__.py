@@ -1,4 +1,4 @@
-"""``python -m vrwkv_ops``: which backends are available, and what to do about the others."""
+"""``python -m vrwkv_ops``: show the available backends, and how to get the others."""
 
 import sys
 
@@ -9,7 +9,7 @@ from vrwkv_ops.backends import diagnose
 
 
 def main() -> None:
-    """Prints the state of every backend."""
+    """Print the state of every backend."""
     lines = [
         f'vrwkv_ops {vrwkv_ops.__version__}, torch {torch.__version__}, '
         f'Python {sys.version.split()[0]}'

@@ -1,21 +1,19 @@
-"""Loads the compiled kernels and explains which backends are there, which are not, and why."""
+"""Load the compiled kernels, and explain which backends are available and why others are not."""
 
 import importlib.metadata
 import importlib.util
 import json
 import re
+import shlex
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
+from urllib.parse import unquote, urlparse
 
 import torch
 
 _PACKAGE = Path(__file__).resolve().parent
 _BUILD_INFO = _PACKAGE / '_build_info.json'
-_REINSTALL = (
-    'Reinstall it into this environment: pip install --force-reinstall --no-deps '
-    '--no-build-isolation <path to vrwkv_ops>'
-)
 _TITLES = {'cpu': 'C++ kernels for the CPU', 'cuda': 'CUDA kernels'}
 _TRITON = 'Triton kernels'
 
@@ -25,10 +23,10 @@ class Backend:
     """One implementation of the operators.
 
     Attributes:
-        name: What it is.
+        name: Its name.
         available: Whether it can be used now.
-        why: What it was built for, or why it is not available.
-        fix: What to do about it; empty if available.
+        why: What it was compiled for, or why it is not available.
+        fix: How to make it available; empty if it is.
         archs: GPU architectures that it was compiled for.
     """
 
@@ -39,7 +37,7 @@ class Backend:
     archs: str = ''
 
     def __str__(self) -> str:
-        """Formats as one or two lines."""
+        """Format as one or two lines."""
         line = f'[{"x" if self.available else " "}] {self.name}: {self.why}'
         return f'{line}\n      {self.fix}' if self.fix else line
 
@@ -49,7 +47,7 @@ _warned: set[str] = set()
 
 
 def load() -> None:
-    """Loads what was compiled; called once, after the operators are defined."""
+    """Load the compiled kernels; called once, after the operators are defined."""
     try:
         info = json.loads(_BUILD_INFO.read_text())
     except FileNotFoundError:
@@ -60,35 +58,57 @@ def load() -> None:
 
 
 def triton_serves_gpus() -> bool:
-    """Whether Triton is to stand in for CUDA kernels that are not there."""
+    """Return whether Triton replaces missing CUDA kernels."""
     return _loaded['triton'].available and not _loaded['cuda'].available
 
 
 def triton_failed(why: str) -> None:
-    """Records that Triton does not work on a GPU here: the scan serves it, and says so."""
-    fix = 'Compile the CUDA kernels: pip install --force-reinstall --no-deps <path to vrwkv_ops>'
+    """Record that Triton does not work on a GPU here; the scan serves it and warns."""
+    fix = f'Compile the CUDA kernels: {reinstall_command()}'
     _loaded['triton'] = Backend(_TRITON, False, f'they do not work here ({why})', fix)
 
 
+def reinstall_command() -> str:
+    """Return the command that compiles this copy again, for the way in which it was installed."""
+    options = 'pip install --force-reinstall --no-deps --no-build-isolation'
+    try:
+        distribution = importlib.metadata.distribution('vrwkv-ops')
+        origin = json.loads(distribution.read_text('direct_url.json') or '{}')
+        installer = (distribution.read_text('INSTALLER') or '').strip()
+    except importlib.metadata.PackageNotFoundError:  # a source folder on PYTHONPATH
+        return f'{options} -e {shlex.quote(str(_PACKAGE.parents[1]))}'
+    if installer == 'uv':
+        options = f'uv {options}'
+    url = origin.get('url', '')
+    if vcs := origin.get('vcs_info'):
+        commit, folder = vcs['commit_id'], origin.get('subdirectory', '')
+        return f"{options} '{vcs['vcs']}+{url}@{commit}#subdirectory={folder}'"
+    if 'dir_info' in origin:
+        editable = '-e ' if origin['dir_info'].get('editable') else ''
+        return f'{options} {editable}{shlex.quote(unquote(urlparse(url).path))}'
+    return f'{options} <the sources of vrwkv_ops>'  # installed from a wheel
+
+
 def _find_triton() -> Backend:
-    """Whether Triton is installed, without importing it."""
+    """Return whether Triton is installed, without importing it."""
     if importlib.util.find_spec('triton') is None:
-        fix = "Install it ('pip install triton'), or a build of torch that brings it"
+        fix = "Install it ('pip install triton'), or a build of torch that includes it"
         return Backend(_TRITON, False, 'Triton is not installed', fix)
     try:
         version = importlib.metadata.version('triton')
     except importlib.metadata.PackageNotFoundError:  # e.g. pytorch-triton, of a nightly torch
-        version = 'of a name of its own'
+        version = 'of unknown version'
     return Backend(_TRITON, True, f'Triton {version}')
 
 
 def _load_part(device_type: str, info: dict | None) -> Backend:
     title = _TITLES[device_type]
     if info is None:
-        return Backend(title, False, 'this copy of vrwkv_ops was never built', _REINSTALL)
+        why = 'they were not compiled for this copy of vrwkv_ops'
+        return Backend(title, False, why, f'Compile them: {reinstall_command()}')
     part = info[device_type]
     if not part['built']:
-        return Backend(title, False, part['why'], part['fix'])
+        return Backend(title, False, part['why'], f'{part["fix"]}: {reinstall_command()}')
 
     built_for = f'torch {info["torch"]}'
     problem = ''
@@ -100,32 +120,33 @@ def _load_part(device_type: str, info: dict | None) -> Backend:
         except OSError as error:
             problem = f'{part["file"]}, compiled for {built_for}, does not load: {error}'
     if problem:
+        fix = f'Reinstall: {reinstall_command()}'
         warnings.warn(
-            f'vrwkv_ops: {title} are not used: {problem}. {_REINSTALL}',
+            f'vrwkv_ops: {title} are not used: {problem}. {fix}',
             RuntimeWarning,
             stacklevel=2,
         )
         _warned.add(device_type)
-        return Backend(title, False, problem, _REINSTALL)
+        return Backend(title, False, problem, fix)
     archs = f', GPU architectures {part["archs"]}' if part['archs'] else ''
     return Backend(title, True, f'compiled for {built_for}{archs}', archs=part['archs'])
 
 
 def _abi(torch_version: str, cuda_version: str | None) -> tuple:
-    """What must agree between building and running: torch's minor version and CUDA's major one."""
+    """Return what must be equal at build and run time: torch's minor and CUDA's major version."""
     release = torch_version.split('+')[0].split('.')[:2]
     return (*release, cuda_version and cuda_version.split('.')[0])
 
 
 def warn_if_slow(device: torch.device) -> None:
-    """Warns, once per kind of device, that the pure-PyTorch scan stands in for compiled kernels."""
+    """Warn once per kind of device that the pure-PyTorch scan replaces compiled kernels."""
     backend = _loaded.get(device.type)
     if backend is None or device.type in _warned:
         return
     _warned.add(device.type)
     triton = ''
     if device.type == 'cuda' and 'triton' in _loaded and not _loaded['triton'].available:
-        triton = f'As for {_TRITON}, {_loaded["triton"].why}. '
+        triton = f'{_TRITON}: {_loaded["triton"].why}. '
     warnings.warn(
         f'vrwkv_ops: running the slower pure-PyTorch implementation on {device.type}, because the '
         f'{backend.name} are not available: {backend.why}. {backend.fix}. {triton}'
@@ -136,7 +157,7 @@ def warn_if_slow(device: torch.device) -> None:
 
 
 def diagnose() -> list[Backend]:
-    """States of all backends, the fastest first."""
+    """Return all backends, the fastest first."""
     return [
         _check_gpu(_loaded['cuda']),
         _check_triton(_loaded['triton']),
@@ -146,7 +167,7 @@ def diagnose() -> list[Backend]:
 
 
 def _check_gpu(cuda: Backend) -> Backend:
-    """Whether CUDA kernels that were loaded have a GPU to run on."""
+    """Return the CUDA backend, unavailable if there is no GPU that it runs on."""
     if not cuda.available:
         return cuda
     if not torch.cuda.is_available():
@@ -156,23 +177,23 @@ def _check_gpu(cuda: Backend) -> Backend:
     else:
         major, minor = torch.cuda.get_device_capability()
         why = f'this GPU is {major}.{minor}'
-        fix = f'Reinstall with TORCH_CUDA_ARCH_LIST={major}.{minor}'
+        fix = f'Reinstall: TORCH_CUDA_ARCH_LIST={major}.{minor} {reinstall_command()}'
     return replace(cuda, available=False, why=f'{cuda.why}, but {why}', fix=fix)
 
 
 def _check_triton(triton: Backend) -> Backend:
-    """Whether Triton's kernels have a GPU to run on, and whether they do."""
+    """Return the Triton backend, unavailable if there is no GPU, and whether it is used."""
     if not triton.available:
         return triton
     if not torch.cuda.is_available():
         fix = 'Check nvidia-smi and the driver'
         return replace(triton, available=False, why=f'{triton.why}, but torch sees no GPU', fix=fix)
-    role = 'serves GPUs' if triton_serves_gpus() else 'not needed, CUDA kernels are there'
+    role = 'serves GPUs' if triton_serves_gpus() else 'not needed beside the CUDA kernels'
     return replace(triton, why=f'{triton.why}, {role}')
 
 
 def _runs_on(capability: tuple[int, int], archs: str) -> bool:
-    """Whether code for ``archs`` runs on a GPU: the same major version, or PTX of an older one."""
+    """Return whether code for ``archs`` runs on a GPU: the same major version or older PTX."""
     for arch in archs.replace(' ', ';').split(';'):
         numbers = re.match(r'(\d+)\.(\d+)', arch)
         if not numbers:  # a name such as Hopper

@@ -1,4 +1,4 @@
-"""Argument checks, shared by every implementation and done before any of them runs."""
+"""Argument checks that all implementations share; they run first."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ _DTYPE_NAMES = ', '.join(str(dtype).removeprefix('torch.') for dtype in FLOAT_DT
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype in which inputs of ``dtype`` are accumulated: float64 for float64, else float32."""
+    """Return the dtype of sums over inputs of ``dtype``: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -25,14 +25,14 @@ def _check_float_tensor(op: str, name: str, value: Tensor) -> None:
 
 
 def _autocast_unifies(k: Tensor, v: Tensor) -> bool:
-    """Whether autocast will bring ``k`` and ``v`` to one dtype (it leaves float64 alone)."""
+    """Return whether autocast converts ``k`` and ``v`` to one dtype (float64 is not converted)."""
     if torch.float64 in (k.dtype, v.dtype):
         return False
     return torch.is_autocast_enabled(k.device.type)
 
 
 def check_bi_wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor, causal: bool) -> None:
-    """Checks the arguments of :func:`vrwkv_ops.bi_wkv`.
+    """Check the arguments of :func:`vrwkv_ops.bi_wkv`.
 
     Raises:
         TypeError: If an argument is not a tensor, has a dtype that is not accepted, or if ``k`` and
@@ -74,7 +74,7 @@ def check_bi_wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor, causal: bool) -> No
 
 
 def check_pointwise(op: str, **tensors: Tensor) -> None:
-    """Checks that the arguments of an element-wise operator are alike, but for their dtypes.
+    """Check that the arguments of an element-wise operator have one shape and device.
 
     Raises:
         TypeError: If one is not a tensor or has a dtype that is not accepted.
@@ -103,7 +103,7 @@ MAX_MIXES = 3
 def check_q_shift(
     x: Tensor, resolution: tuple[int, int], shift_pixel: int, channel_gamma: float
 ) -> None:
-    """Checks the arguments of :func:`vrwkv_ops.q_shift`.
+    """Check the arguments of :func:`vrwkv_ops.q_shift`.
 
     Raises:
         TypeError: If ``x`` is not a tensor of an accepted dtype, ``resolution`` not a pair of ints,
@@ -121,7 +121,7 @@ def check_token_shift(
     channel_gamma: float | None,
     mode: str,
 ) -> None:
-    """Checks the arguments of :func:`vrwkv_ops.token_shift`.
+    """Check the arguments of :func:`vrwkv_ops.token_shift`.
 
     Raises:
         TypeError: If an argument has a type or dtype that is not accepted.
@@ -170,7 +170,7 @@ def _check_shift(
     channel_gamma: float | None,
     mode: str,
 ) -> None:
-    """Checks what every token shift takes; a mode does not look at what it does not use."""
+    """Check the arguments of all token shifts; arguments that a mode does not use are ignored."""
     _check_float_tensor(op, 'x', x)
     if mode == 'q_shift':
         _check_grid_type(op, resolution)
@@ -236,10 +236,10 @@ def _is_int(value: object) -> bool:
 
 
 def shift_bounds(channels: int, channel_gamma: float, mode: str = 'q_shift') -> list[int]:
-    """Channel bounds of a token shift's groups: group n covers ``bounds[n-1]:bounds[n]``.
+    """Return the channel bounds of a token shift: group n covers ``bounds[n-1]:bounds[n]``.
 
     Group 1 takes the token to the left, 2 to the right, 3 above and 4 below; channels past the
-    groups stay. The one-dimensional modes run on a grid of one row and leave groups empty.
+    groups are not shifted. The one-dimensional modes have a grid of one row and empty groups.
     """
     if mode == 'single_shift':
         return [0] + [channels] * 4

@@ -1,7 +1,7 @@
 """The operators: dispatcher schemas, fakes, autograd and autocast rules, and the public functions.
 
-Compiled kernels (``csrc/``) add themselves to these schemas for the CPU and CUDA keys; the
-pure-PyTorch kernels registered here serve every device that has none.
+Compiled kernels (``csrc/``) register themselves for the CPU and CUDA keys of these schemas; the
+PyTorch kernels in this file serve all other devices.
 """
 
 from collections.abc import Sequence
@@ -75,8 +75,8 @@ def bi_wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> 
         u: Bonus of the current token, shape (C,). The layers pass ``spatial_first / T``.
         k: Keys, shape (B, T, C), with any strides.
         v: Values, of the shape and dtype of ``k``, with any strides.
-        causal: If true, a token sees itself and those before it only (``i <= t``: RWKV's original
-            attention).
+        causal: If true, a token sees only itself and the tokens before it (``i <= t``, as in
+            RWKV's original attention).
 
     Returns:
         Tensor of the shape and dtype of ``k``, contiguous.
@@ -105,8 +105,9 @@ def q_shift(
     """Q-Shift, the four-way token shift of Vision-RWKV (paper section 3.2).
 
     Four channel groups take the token ``shift_pixel`` to the left, to the right, above and below;
-    zeros come in from outside the grid. Group n covers the channels ``int(C * gamma * (n - 1))`` to
-    ``int(C * gamma * n)``; channels past the groups stay.
+    tokens outside the grid are zero. Group n covers the channels ``int(C * gamma * (n - 1))`` to
+    ``int(C * gamma * n)``; channels past the groups are
+    not shifted.
 
     Args:
         x: Tokens in row-major order, shape (B, H * W, C), with any strides.
@@ -134,10 +135,10 @@ def token_shift(
     channel_gamma: float | None = 1 / 4,
     mode: str = 'q_shift',
 ) -> tuple[Tensor, ...]:
-    """Mixes tokens with shifted neighbours: ``x * mix + shift(x) * (1 - mix)`` for each mix.
+    """Mix tokens with shifted neighbours: ``x * mix + shift(x) * (1 - mix)`` for each mix.
 
-    One pass makes all results (paper section 3.2: the inputs of the key, value and receptance
-    layers), and nothing is kept for the backward pass but ``x`` and the mixes. Differentiable once
+    One pass computes all results (paper section 3.2: the inputs of the key, value and receptance
+    layers), and only ``x`` and the mixes are kept for the backward pass. Differentiable once
     in ``x`` and the mixes. Results are deterministic. Float16 and bfloat16 are mixed in float32.
 
     Args:
@@ -147,11 +148,11 @@ def token_shift(
         resolution: The token grid (H, W) with H * W = T, in row-major order. Only Q-Shift needs it.
         shift_pixel: Distance in tokens, at least 0.
         channel_gamma: Share of the channels in one group, in (0, 1/4]. ``'single_shift'`` has no
-            groups and does not look at it.
+            groups and ignores it.
         mode: ``'q_shift'``, four groups of channels that take the token to the left, to the right,
-            above and below, while channels past them stay, see :func:`q_shift`; ``'single_shift'``,
-            all take the token before; ``'double_shift'``, a first group takes the token before, a
-            second one the token after, and the others stay. Zeros come in from outside.
+            above and below, see :func:`q_shift`; ``'single_shift'``, all channels take the token
+            before; ``'double_shift'``, a first group takes the token before, a second one the token
+            after. Other channels are not shifted; tokens outside the sequence are zero.
 
     Returns:
         For each mix a contiguous tensor of the shape and dtype of ``x``.
@@ -172,9 +173,10 @@ def token_shift(
 
 
 def squared_relu(x: Tensor) -> Tensor:
-    """Squares what is positive, ``relu(x) ** 2``, in one pass (paper, equation 4).
+    """Compute ``relu(x) ** 2`` in one pass (paper, equation 4).
 
-    Differentiable once. While torch compiles or exports, it is left to the compiler to fuse.
+    Differentiable once. While torch compiles or exports, the compiler fuses PyTorch's own
+    operators instead.
 
     Args:
         x: Tensor of any shape.
@@ -192,16 +194,17 @@ def squared_relu(x: Tensor) -> Tensor:
 
 
 def sigmoid_gate(r: Tensor, x: Tensor) -> Tensor:
-    """Gates a tensor, ``sigmoid(r) * x``, in one pass (paper, equations 2 and 4).
+    """Compute ``sigmoid(r) * x`` in one pass (paper, equations 2 and 4).
 
-    Differentiable once. While torch compiles or exports, it is left to the compiler to fuse.
+    Differentiable once. While torch compiles or exports, the compiler fuses PyTorch's own
+    operators instead.
 
     Args:
         r: Logits of the gate, of any shape.
-        x: What is gated, of the shape of ``r``.
+        x: The gated tensor, of the shape of ``r``.
 
     Returns:
-        Contiguous tensor of that shape; where the dtypes differ, of the wider one.
+        Contiguous tensor of that shape; if the dtypes differ, of the wider one.
 
     Raises:
         TypeError: If an argument is no tensor or has a dtype that is not accepted.
@@ -371,7 +374,7 @@ torch.library.register_autograd(
 
 
 def _differentiable_once(name: str) -> None:
-    """Lets a gradient of the operator ``name`` refuse to be differentiated."""
+    """Make the gradient of the operator ``name`` raise an error when it is differentiated."""
 
     def refuse(ctx, *grads):
         raise NotImplementedError(
@@ -390,7 +393,7 @@ def _q_shift_setup_context(ctx, inputs, output):
 
 
 def _q_shift_autograd(ctx, gy):
-    # A shift's adjoint is the shift the other way.
+    # The adjoint of a shift is the reverse shift.
     *args, reverse = ctx.shift
     return (_ops.q_shift(gy, *args, not reverse), None, None, None, None, None)
 
@@ -441,7 +444,7 @@ for _name, _autograd in (
     _differentiable_once(_name)
 
 
-# --- Autocast: k and v take its dtype, w and u stay in the accumulation dtype -------------------
+# --- Autocast: k and v get its dtype, w and u keep the accumulation dtype -------------------
 
 
 def _autocast_rule(device_type: str):

@@ -1,4 +1,4 @@
-"""Element-wise functions of the layers in plain PyTorch, and their gradients."""
+"""Element-wise functions of the layers and their gradients in plain PyTorch."""
 
 import torch
 from torch import Tensor
@@ -7,23 +7,23 @@ from vrwkv_ops.checks import accumulation_dtype
 
 
 def squared_relu(x: Tensor) -> Tensor:
-    """As :func:`vrwkv_ops.squared_relu`."""
+    """Compute :func:`vrwkv_ops.squared_relu`."""
     return torch.relu(x).square()
 
 
 def squared_relu_backward(grad: Tensor, x: Tensor) -> Tensor:
-    """Gradient of :func:`squared_relu`, of the dtype of ``x``."""
+    """Return the gradient of ``x`` through :func:`squared_relu`, in the dtype of ``x``."""
     return (2 * grad.to(accumulation_dtype(x.dtype)) * torch.relu(x)).to(x.dtype)
 
 
 def sigmoid_gate(r: Tensor, x: Tensor) -> Tensor:
-    """As :func:`vrwkv_ops.sigmoid_gate`."""
+    """Compute :func:`vrwkv_ops.sigmoid_gate`."""
     dtype = accumulation_dtype(x.dtype)
     return (torch.sigmoid(r.to(dtype)) * x).to(x.dtype)
 
 
 def sigmoid_gate_backward(grad: Tensor, r: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of :func:`sigmoid_gate`, of ``r`` and ``x`` and of their dtypes."""
+    """Return the gradients of ``r`` and ``x`` through :func:`sigmoid_gate`, in their dtypes."""
     dtype = accumulation_dtype(x.dtype)
     r, grad = r.to(dtype), grad.to(dtype)
     gx = grad * torch.sigmoid(r)

@@ -1,4 +1,4 @@
-"""The operators as plain loops: slow, made to be read, and the truth that kernels are held to.
+"""The operators as plain loops: slow, easy to read, and the reference for all kernels.
 
 All are differentiable by PyTorch's autograd and work in any floating dtype and on any device.
 """
@@ -19,7 +19,7 @@ from vrwkv_ops.checks import (
 
 
 def _states_before(w: Tensor, k: Tensor, v: Tensor, order: range) -> list[tuple]:
-    """For every token, the sums over the tokens that come before it in ``order``.
+    """Sum, for every token, over the tokens that come before it in ``order``.
 
     Returns:
         One tuple (a, c, p) per token, each (B, C): numerator ``a e^p`` and denominator ``c e^p``.
@@ -39,7 +39,7 @@ def _states_before(w: Tensor, k: Tensor, v: Tensor, order: range) -> list[tuple]
 
 
 def bi_wkv_reference(w: Tensor, u: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
-    """Bi-WKV, token by token; arguments and result as for :func:`vrwkv_ops.bi_wkv`."""
+    """Compute Bi-WKV token by token; arguments and result as for :func:`vrwkv_ops.bi_wkv`."""
     check_bi_wkv(w, u, k, v, causal)
     out_dtype = k.dtype
     dtype = accumulation_dtype(k.dtype)
@@ -50,7 +50,7 @@ def bi_wkv_reference(w: Tensor, u: Tensor, k: Tensor, v: Tensor, causal: bool = 
     future = _states_before(w, k, v, range(tokens - 1, -1, -1))  # B, D
     y = []
     for t in range(tokens):
-        # The current token takes part under its bonus u, with exponent u + k_t.
+        # The exponent of the current token is u + k_t.
         parts = [past[t], (v[:, t], torch.ones_like(v[:, t]), u + k[:, t])]
         if not causal:
             parts.append(future[t])
@@ -64,20 +64,20 @@ def bi_wkv_reference(w: Tensor, u: Tensor, k: Tensor, v: Tensor, causal: bool = 
 def q_shift_reference(
     x: Tensor, resolution: tuple[int, int], shift_pixel: int = 1, channel_gamma: float = 1 / 4
 ) -> Tensor:
-    """Q-Shift, token by token; arguments and result as for :func:`vrwkv_ops.q_shift`."""
+    """Compute Q-Shift token by token; arguments and result as for :func:`vrwkv_ops.q_shift`."""
     check_q_shift(x, resolution, shift_pixel, channel_gamma)
     return _shift(x, resolution, shift_pixel, shift_bounds(x.shape[2], channel_gamma))
 
 
 def squared_relu_reference(x: Tensor) -> Tensor:
-    """``relu(x) ** 2``; argument and result as for :func:`vrwkv_ops.squared_relu`."""
+    """Compute ``relu(x) ** 2``; argument and result as for :func:`vrwkv_ops.squared_relu`."""
     check_pointwise('squared_relu', x=x)
     positive = x.to(accumulation_dtype(x.dtype)).clamp(min=0)
     return (positive * positive).to(x.dtype)
 
 
 def sigmoid_gate_reference(r: Tensor, x: Tensor) -> Tensor:
-    """``x / (1 + e^-r)``; arguments and result as for :func:`vrwkv_ops.sigmoid_gate`."""
+    """Compute ``x / (1 + e^-r)``; arguments and result as for :func:`vrwkv_ops.sigmoid_gate`."""
     check_pointwise('sigmoid_gate', r=r, x=x)
     out_dtype = torch.promote_types(r.dtype, x.dtype)
     dtype = accumulation_dtype(out_dtype)
@@ -92,7 +92,7 @@ def token_shift_reference(
     channel_gamma: float | None = 1 / 4,
     mode: str = 'q_shift',
 ) -> tuple[Tensor, ...]:
-    """The mixed inputs; arguments and results as for :func:`vrwkv_ops.token_shift`."""
+    """Mix tokens with neighbours; arguments and results as for :func:`vrwkv_ops.token_shift`."""
     check_token_shift(x, mixes, resolution, shift_pixel, channel_gamma, mode)
     dtype = accumulation_dtype(x.dtype)
     grid = resolution if mode == 'q_shift' else (1, x.shape[1])
@@ -116,6 +116,8 @@ def _shift(x: Tensor, grid: tuple[int, int], shift_pixel: int, bounds: list[int]
                 inside = 0 <= row < height and 0 <= column < width
                 group = x[:, row * width + column if inside else 0, bounds[n] : bounds[n + 1]]
                 groups.append(group if inside else torch.zeros_like(group))
-            groups.append(x[:, h * width + w, bounds[4] :])  # channels past the groups stay
+            groups.append(
+                x[:, h * width + w, bounds[4] :]
+            )  # channels past the groups are not shifted
             tokens.append(torch.cat(groups, dim=-1))
     return torch.stack(tokens, dim=1)  # (B, T, C)

@@ -1,10 +1,10 @@
 """Bi-WKV in plain PyTorch: a log-step scan, forward and backward, on any device.
 
 Every sum of the operator has the form ``S_t = sum_i e^(k_i - w n_i) x_i``, where ``n_i`` counts the
-steps from token ``i`` to token ``t``. A piece of the sequence is summed up by a state ``(x, k, n)``
-that means ``x e^(k - w n)``, with ``k`` and ``n`` those of its largest term: the exponent is never
-accumulated, so that T roundings cannot add up, and no factor is above 1. Two neighbouring states
-combine into one, and this is associative.
+steps from token ``i`` to token ``t``. A state ``(x, k, n)`` is the sum over a
+part of the sequence and means ``x e^(k - w n)``, where ``k`` and ``n`` belong to its largest term:
+exponents are not accumulated, so that T rounding errors cannot add up, and no factor is above 1.
+Two neighbouring states combine into one, and this is associative.
 """
 
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from vrwkv_ops.checks import accumulation_dtype, check_bi_wkv
 
 
 class _States(NamedTuple):
-    """One state per token: what it sums up is ``sums * exp(k - w * n)``."""
+    """One state per token, with the value ``sums * exp(k - w * n)``."""
 
     sums: Tensor  # (F, B, T, C), F different sums under the same exponents
     moments: Tensor | None  # (F, B, T, C), with a factor in each term: see backward
@@ -24,7 +24,7 @@ class _States(NamedTuple):
     n: Tensor  # (B, T, C), whole numbers in the accumulation dtype
 
     def map(self, function) -> '_States':
-        """Applies ``function``, which may work on dimensions -2 and -1 only, to every tensor."""
+        """Apply ``function``, which may use dimensions -2 and -1 only, to every tensor."""
         return _States(*(None if tensor is None else function(tensor) for tensor in self))
 
 
@@ -33,12 +33,12 @@ def _leaves(sums: Tensor, k: Tensor, moments: Tensor | None = None) -> _States:
 
 
 def _combine(far: _States, near: _States, w: Tensor, steps: int) -> _States:
-    """Adds states: ``far``, moved on by ``steps`` tokens, and ``near``.
+    """Add states: ``far``, moved by ``steps`` tokens, and ``near``.
 
-    Moving on adds the steps to the factors of the moments, in channels that decay.
+    In channels with w >= 0, a move adds the steps to the factors of the moments.
     """
     far_n = far.n + steps
-    # log of far's scale over near's, from differences: nearby terms, which count, come out exact.
+    # The log of far's scale over near's, from differences: exact for nearby terms, which matter.
     excess = torch.addcmul(far.k - near.k, w, far_n - near.n, value=-1)
     far_scale = excess.clamp(max=0).exp()
     near_scale = excess.neg().clamp(max=0).exp()
@@ -55,7 +55,7 @@ def _combine(far: _States, near: _States, w: Tensor, steps: int) -> _States:
 
 
 def _inclusive_scan(states: _States, w: Tensor, span: int = 1) -> _States:
-    """Sums up, for every token, all states up to and including it.
+    """Sum, for every token, all states up to and including it.
 
     Pairs of neighbours are combined and scanned in turn, so the work is linear in T and the number
     of PyTorch calls logarithmic. Each of ``states`` stands for ``span`` tokens.
@@ -91,7 +91,7 @@ def _interleave(even: Tensor, odd: Tensor) -> Tensor:
 
 
 def _exclusive_scan(states: _States, w: Tensor, reverse: bool) -> _States:
-    """Sums up, for every token, all states before it (after it, if ``reverse``).
+    """Sum, for every token, all states before it (after it, if ``reverse``).
 
     Exponents count from the neighbour: a state next to the token has n = 0. At the end of the
     sequence, where there is none, the sums are 0 and k is -inf.
@@ -114,7 +114,7 @@ def _exclusive_scan(states: _States, w: Tensor, reverse: bool) -> _States:
 
 
 def token_sum(x: Tensor) -> Tensor:
-    """Sums (B, T, C) to (C,) as a balanced tree: accurate, and the same bits at every run."""
+    """Sum (B, T, C) to (C,) as a balanced tree: accurate, and the same bits at every run."""
     x = x.flatten(0, 1)
     while x.shape[0] > 1:
         half = x.shape[0] // 2
@@ -124,19 +124,19 @@ def token_sum(x: Tensor) -> Tensor:
 
 
 def _headroom(tokens: int) -> float:
-    """A power of two under which sums over all tokens of a float's largest values stay finite."""
+    """Return a power of two that keeps sums of the largest floats over all tokens finite."""
     return 0.5 ** (2 * tokens).bit_length()
 
 
 def forward(w: Tensor, u: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
-    """Bi-WKV of design section 2, computed in the dtype of ``w``.
+    """Compute Bi-WKV (paper equation 5) in the dtype of ``w``.
 
     Args:
         w: Decay per token, (C,), in the accumulation dtype.
         u: Bonus of the current token, (C,), in the accumulation dtype.
         k: Keys, (B, T, C).
         v: Values, (B, T, C).
-        causal: Leave out the tokens that follow.
+        causal: Ignore the tokens that follow.
 
     Returns:
         Output and log of its denominator, both (B, T, C) in the accumulation dtype.
@@ -156,11 +156,11 @@ def forward(w: Tensor, u: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[T
 def backward(
     gy: Tensor, w: Tensor, u: Tensor, k: Tensor, v: Tensor, y: Tensor, z: Tensor, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of Bi-WKV (design section 2), from what :func:`forward` returned.
+    """Return the gradients of Bi-WKV (docs/operator.md) from the results of :func:`forward`.
 
     Args:
         gy: Gradient of the output, (B, T, C).
-        w: As in :func:`forward`, and so are ``u``, ``k``, ``v`` and ``causal``.
+        w: As in :func:`forward`, like ``u``, ``k``, ``v`` and ``causal``.
         u: See ``w``.
         k: See ``w``.
         v: See ``w``.
@@ -175,7 +175,7 @@ def backward(
     tokens = k.shape[1]
     scale = _headroom(tokens)
     v, y = v * scale, y * scale
-    # Token i weighs e^(k_i - z_t - w n) in the output of token t: at most 1, but for rounding.
+    # The weight of token i in output t is e^(k_i - z_t - w n): at most 1 without rounding.
     own = (k - z + u).clamp(max=0).exp()
     own_gk = own * gy * (v - y)
     gu = token_sum(own_gk)
@@ -223,7 +223,7 @@ class _BiWKVScan(torch.autograd.Function):
 
 
 def bi_wkv_scan(w: Tensor, u: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
-    """The same as :func:`vrwkv_ops.bi_wkv`, always by the pure-PyTorch scan."""
+    """Compute :func:`vrwkv_ops.bi_wkv` by the pure-PyTorch scan."""
     check_bi_wkv(w, u, k, v, causal)
     dtype = accumulation_dtype(k.dtype)
     return _BiWKVScan.apply(w.to(dtype), u.to(dtype), k, v, causal)

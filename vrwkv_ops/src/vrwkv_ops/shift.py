@@ -16,7 +16,7 @@ def shift_slices(
     mode: str = 'q_shift',
     reverse: bool = False,
 ) -> Tensor:
-    """Shifts channel groups by ``shift_pixel``: from left, right, above and below.
+    """Shift channel groups by ``shift_pixel``: from left, right, above and below.
 
     Args:
         x: Tokens in row-major order, (B, height * width, C).
@@ -24,11 +24,11 @@ def shift_slices(
         width: Columns of the token grid.
         shift_pixel: Distance in tokens.
         channel_gamma: Share of the channels in one group.
-        mode: Which groups there are, see :func:`vrwkv_ops.checks.shift_bounds`.
+        mode: Selects the groups, see :func:`vrwkv_ops.checks.shift_bounds`.
         reverse: Shift the other way, which is the adjoint.
 
     Returns:
-        A new contiguous tensor of the shape of ``x``; zero came in from outside the grid.
+        A new contiguous tensor of the shape of ``x``, with zeros from outside the grid.
     """
     grid = x.reshape(x.shape[0], height, width, x.shape[2])
     out = torch.zeros_like(grid, memory_format=torch.contiguous_format)
@@ -53,7 +53,7 @@ def shift_slices(
 def forward(
     x: Tensor, mixes: Tensor, height: int, width: int, *shift: int | float | str
 ) -> list[Tensor]:
-    """Mixes every token with its shifted neighbour: ``x * mix + shift(x) * (1 - mix)``.
+    """Mix every token with its shifted neighbour: ``x * mix + shift(x) * (1 - mix)``.
 
     Args:
         x: Tokens, (B, height * width, C).
@@ -78,18 +78,18 @@ def backward(
     width: int,
     *shift: int | float | str,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of :func:`forward`.
+    """Return the gradients of :func:`forward`.
 
     Args:
         grads: Gradients of its results.
-        x: As in :func:`forward`, and so are all that follow.
+        x: As in :func:`forward`, like all that follow.
         mixes: See ``x``.
         height: See ``x``.
         width: See ``x``.
         *shift: See ``x``.
 
     Returns:
-        Gradients of ``x`` and ``mixes``, of their dtypes.
+        Gradients of ``x`` and ``mixes``, in their dtypes.
     """
     own = x.to(mixes.dtype)
     difference = own - shift_slices(own, height, width, *shift)

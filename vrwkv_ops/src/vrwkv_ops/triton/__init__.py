@@ -1,6 +1,6 @@
-"""The operators in Triton, for GPUs for which nothing was compiled.
+"""The operators in Triton, for GPUs without compiled kernels.
 
-Its modules import Triton, which need not be installed, this one does not: see :func:`serve`.
+The modules of this package import Triton, which may not be installed; this file does not.
 """
 
 import functools
@@ -10,18 +10,18 @@ import torch
 
 from vrwkv_ops import backends
 
-_FOR_GOOD = []  # a library withdraws its kernels when it is collected
+_FOR_GOOD = []  # a library that is garbage-collected removes its kernels
 
 
 def serve(dispatch_key: str, fallbacks: Mapping[str, Callable]) -> None:
-    """Registers the Triton kernels for a dispatch key: 'CUDA', or 'CPU' for Triton's interpreter.
+    """Register the Triton kernels for a dispatch key: 'CUDA', or 'CPU' for Triton's interpreter.
 
     Nothing is imported or compiled before the first call on a device. If Triton does not work
-    there, one warning says why, and the fallbacks take over.
+    there, one warning says why, and the fallbacks run instead.
 
     Args:
-        dispatch_key: Which tensors to serve.
-        fallbacks: For each operator of ``vrwkv_ops`` what to do where Triton does not work.
+        dispatch_key: Selects the tensors that the kernels serve.
+        fallbacks: For each operator of ``vrwkv_ops``, a function for devices without Triton.
     """
     library = torch.library.Library('vrwkv_ops', 'IMPL')
     _FOR_GOOD.append(library)
@@ -39,14 +39,14 @@ def _kernel(name: str, fallback: Callable) -> Callable:
 
 @functools.cache
 def _operators() -> dict[str, Callable]:
-    from vrwkv_ops.triton import bi_wkv, pointwise, shift
+    from vrwkv_ops.triton import bi_wkv, pointwise, token_shift
 
     return {
         'bi_wkv_forward': bi_wkv.forward,
         'bi_wkv_backward': bi_wkv.backward,
-        'q_shift': shift.q_shift,
-        'token_shift': shift.token_shift,
-        'token_shift_backward': shift.token_shift_backward,
+        'q_shift': token_shift.q_shift,
+        'token_shift': token_shift.token_shift,
+        'token_shift_backward': token_shift.token_shift_backward,
         'squared_relu': pointwise.squared_relu,
         'squared_relu_backward': pointwise.squared_relu_backward,
         'sigmoid_gate': pointwise.sigmoid_gate,
@@ -56,9 +56,9 @@ def _operators() -> dict[str, Callable]:
 
 @functools.cache
 def works_on(device: torch.device) -> bool:
-    """Whether Triton compiles and runs a kernel on a device; tried once."""
+    """Return whether Triton compiles and runs a kernel on a device; tried once."""
     try:
-        # Shifted by one to the right on a grid of 1 x 2, a group a channel: only the first remains.
+        # Q-Shift on a grid of 1 x 2 with one channel per group: only the first channel moves.
         x = torch.tensor([[[1.0, 0, 0, 0], [0, 0, 0, 0]]], device=device)
         shifted = _operators()['q_shift'](x, 1, 2, 1, 1 / 4, False)
         if shifted.tolist() != [[[0, 0, 0, 0], [1, 0, 0, 0]]]:

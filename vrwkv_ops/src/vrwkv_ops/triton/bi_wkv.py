@@ -1,10 +1,10 @@
-"""Bi-WKV in Triton: tiles of tokens are scanned on their own, joined, and then give their outputs.
+"""Bi-WKV in Triton: tiles of tokens are scanned, joined, and then give the outputs.
 
-A program takes ``BLOCK_T`` tokens of ``BLOCK_C`` channels of an image. Direction 0 runs from left
+A program takes ``BLOCK_T`` tokens and ``BLOCK_C`` channels of an image. Direction 0 runs from left
 to right, direction 1 from right to left; ``n`` counts the steps from a tile's edge in that
-direction, its first row being 0. A row's leaf in a scan is the token before it, and the first row's
-is the state that enters the tile: an inclusive scan then gives every row the sum over all tokens
-before it. A short sequence is a single tile, and takes a single launch.
+direction, starting at 0. The leaf of a row in a scan is the token before it; the leaf of the first
+row is the state that enters the tile. An inclusive scan then gives every row the sum over all
+tokens before it. A short sequence is a single tile and takes a single launch.
 """
 
 from typing import NamedTuple
@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vrwkv_ops.checks import accumulation_dtype
-from vrwkv_ops.triton.state import (
+from vrwkv_ops.triton.bi_wkv_state import (
     EMPTY,
     LN2,
     LOG2E,
@@ -26,10 +26,11 @@ from vrwkv_ops.triton.state import (
     join_wkv,
     power_of_two,
 )
+from vrwkv_ops.triton.common import locate, store_sum
 
 WKV_FIELDS = tl.constexpr(3)  # a, c, exponent
 GRAD_FIELDS = tl.constexpr(5)  # g, h, dg, dh, exponent
-# Elements of a tile of float32, by what registers hold; half as many of float64.
+# Elements of a float32 tile that registers hold; half as many in float64.
 _FORWARD_ELEMENTS = 2048
 _BACKWARD_ELEMENTS = 1024
 _WARPS = 8  # with 4, ptxas spills registers (sm_90)
@@ -37,12 +38,12 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 class Tiling(NamedTuple):
-    """How the work is cut: from sizes and dtype alone, so that results depend on nothing else.
+    """How the work is split, from sizes and dtype alone, so that results depend on nothing else.
 
     Attributes:
-        tokens: Tokens of a tile; like all here a power of two, and at most 512.
+        tokens: Tokens of a tile, at most 512. All three are powers of two.
         channels: Channels of a tile.
-        joined: Tiles that are joined at a time.
+        joined: Tiles that are joined at the same time.
     """
 
     tokens: int
@@ -51,54 +52,31 @@ class Tiling(NamedTuple):
 
 
 def choose_tiling(tokens: int, elements: int) -> Tiling:
-    """Tiles of ``elements``: one of all tokens up to 256, else tiles of 64 tokens."""
+    """Choose tiles of ``elements``: one tile up to 256 tokens, else tiles of 64 tokens."""
     block = triton.next_power_of_2(tokens) if tokens <= 256 else 64
     joined = min(triton.next_power_of_2(triton.cdiv(tokens, block)), 128)
     return Tiling(block, min(elements // block, 64), joined)
 
 
-# --- What both passes share -------------------------------------------------------------------
-
-
-@triton.jit
-def locate(T, C, tiles, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
-    """What this program takes, all in 64 bits.
-
-    Returns:
-        Image and tile; the tile's rows r, their tokens t, both (BLOCK_T, 1), and channels c
-        (1, BLOCK_C); which of (t, c) there are.
-    """
-    program = tl.program_id(0).to(tl.int64)
-    blocks = tl.cdiv(C, BLOCK_C)
-    tile = program // blocks % tiles
-    r = tl.arange(0, BLOCK_T)[:, None]
-    t = tile * BLOCK_T + r
-    c = (program % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    return program // blocks // tiles, tile, r, t, c, (t < T) & (c < C)
+# --- Shared by both passes -------------------------------------------------------------------
 
 
 @triton.jit
 def _read(ptr, b, t, c, stride_b, stride_t, stride_c, valid, ACC: tl.constexpr):
-    """The elements (b, t, c) of a (B, T, C) tensor; 0 where not valid."""
+    """Load the elements (b, t, c) of a (B, T, C) tensor; 0 where not valid."""
     return tl.load(ptr + b * stride_b + t * stride_t + c * stride_c, mask=valid, other=0.0).to(ACC)
 
 
 @triton.jit
 def _steps(r, DIRECTION: tl.constexpr, BLOCK_T: tl.constexpr):
-    """Steps n from the tile's edge to its rows."""
+    """Return the steps n from the tile's edge to its rows."""
     return r if DIRECTION == 0 else BLOCK_T - 1 - r
 
 
 @triton.jit
 def _state(ptr, b, tile, direction, c, C, tiles, FIELDS: tl.constexpr):
-    """Where the first field of a state is, of (B, tiles, directions, FIELDS, C)."""
+    """Return the address of the first field of a state, in (B, tiles, directions, FIELDS, C)."""
     return ptr + ((b * tiles + tile) * 2 + direction) * FIELDS * C + c
-
-
-@triton.jit
-def store_sum(ptr, x, c, C):
-    """Stores the sum over all rows."""
-    tl.store(ptr, tl.sum(x, axis=0, keep_dims=True), mask=c < C)
 
 
 @triton.jit
@@ -106,11 +84,11 @@ def _before(
     w, entering_ptr, b, tile, r, t, c, T, C, tiles,
     FIELDS: tl.constexpr, DIRECTION: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """Where the leaves of a scan come from.
+    """Locate the leaves of a scan.
 
     Returns:
-        Steps n; e^(w n) as mantissa and exponent; the tokens before the rows, and which there are;
-        where the state that enters is, and in which row.
+        Steps n; e^(w n) as mantissa and exponent; the tokens before the rows, and which exist;
+        the address of the entering state, and the row that takes it.
     """
     n = _steps(r, DIRECTION, BLOCK_T)
     mantissa, exponent = decay_power(w, n.to(w.dtype))
@@ -128,7 +106,7 @@ def _read_wide(ptr, valid):
 
 @triton.jit
 def _hand_on(ptr, x, scale, stored, is_last):
-    """Stores a field of the states that enter the next tiles; returns that of the last one."""
+    """Store a field of the states that enter the next tiles; return the last tile's."""
     tl.store(ptr, (x * scale).to(ptr.dtype.element_ty), mask=stored)
     return tl.sum(tl.where(is_last, x, 0.0), axis=0, keep_dims=True)
 
@@ -139,11 +117,11 @@ def join_tiles(
     FIELDS: tl.constexpr, FIRST_DIRECTION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """The states that enter each tile from those that all tiles hold on their own.
+    """Compute the states that enter each tile from the tiles' own states.
 
-    A program takes one direction, one image and BLOCK_C channels, BLOCK_N tiles at a time. It works
-    in float64 and with exponents of base 2 that are no whole numbers. FIELDS says of which states:
-    the last field is the exponent, the others are sums.
+    A program takes one direction, one image and BLOCK_C channels, BLOCK_N tiles at a time. It uses
+    float64 and real exponents of base 2. FIELDS selects the kind of state: the last field is the
+    exponent, the others are sums.
     """
     GRAD: tl.constexpr = FIELDS == GRAD_FIELDS
     direction = tl.program_id(1).to(tl.int64) + FIRST_DIRECTION
@@ -192,7 +170,7 @@ def join_tiles(
 
 @triton.jit
 def _wkv_leaves(k, v, mantissa, exponent, valid):
-    """Terms e^k e^(w n) (v, 1) of tokens, where mantissa * 2^exponent is e^(w n)."""
+    """Compute e^k e^(w n) (v, 1) of tokens, where mantissa * 2^exponent is e^(w n)."""
     key, key_exponent = exp_scaled(k, 0.0)
     weight = tl.where(valid, key * mantissa, 0.0)
     return weight * v, weight, tl.where(valid, key_exponent + exponent, EMPTY)
@@ -203,9 +181,9 @@ def wkv_own_states(
     w_ptr, k_ptr, v_ptr, own_ptr, T, C, tiles, headroom, k_b, k_t, k_c, v_b, v_t, v_c,
     CAUSAL: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """What each tile holds on its own, (B, tiles, directions, WKV_FIELDS, C).
+    """Compute each tile's own state, (B, tiles, directions, WKV_FIELDS, C).
 
-    In a tile's frame, where e^(-w BLOCK_T) takes it to the edge of the next one.
+    It is in the frame of the tile; e^(-w BLOCK_T) moves it to the edge of the next one.
     """
     ACC: tl.constexpr = w_ptr.dtype.element_ty
     b, tile, r, t, c, valid = locate(T, C, tiles, BLOCK_T, BLOCK_C)
@@ -213,7 +191,7 @@ def wkv_own_states(
     k = _read(k_ptr, b, t, c, k_b, k_t, k_c, valid, ACC)
     v = _read(v_ptr, b, t, c, v_b, v_t, v_c, valid, ACC) * headroom
     for direction in tl.static_range(1 if CAUSAL else 2):
-        step = _steps(r, direction, BLOCK_T) + 1  # to the row that the token gives to
+        step = _steps(r, direction, BLOCK_T) + 1  # to the row that the token contributes to
         mantissa, exponent = decay_power(w, step.to(ACC))
         a, weight, exponent = _wkv_leaves(k, v, mantissa, exponent, valid)
         top = tl.max(exponent, axis=0, keep_dims=True)
@@ -229,7 +207,7 @@ def _wkv_neighbours(
     w, k_ptr, v_ptr, entering_ptr, b, tile, r, t, c, T, C, tiles, headroom,
     k_b, k_t, k_c, v_b, v_t, v_c, DIRECTION: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """Sums over all tokens before (after, in direction 1) each row, each as (a, c) * 2^exponent."""
+    """Sum all tokens before (after, in direction 1) each row; return (a, c) * 2^exponent."""
     _, mantissa, exponent, before, inside, at, edge = _before(
         w, entering_ptr, b, tile, r, t, c, T, C, tiles, WKV_FIELDS, DIRECTION, BLOCK_T
     )
@@ -250,7 +228,7 @@ def wkv_outputs(
     CAUSAL: tl.constexpr, SAVE: tl.constexpr, RESIDUAL: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Gives (B, T, C): y, if SAVE z = log(denominator), if RESIDUAL what rounding y took away."""
+    """Compute y; if SAVE, z = log(denominator); if RESIDUAL, y minus its rounding: (B, T, C)."""
     ACC: tl.constexpr = w_ptr.dtype.element_ty
     b, tile, r, t, c, valid = locate(T, C, tiles, BLOCK_T, BLOCK_C)
     w = tl.load(w_ptr + c, mask=c < C, other=0.0)
@@ -271,7 +249,7 @@ def wkv_outputs(
         numerator, denominator, exponent = join_wkv(
             numerator, denominator, exponent, a, weight, top
         )
-    # A token that only sees itself gets its very value, so that its gradients by weights are 0.
+    # The output of a token that sees only itself is exactly its value: weights get no gradient.
     y = tl.where(denominator == own, v, numerator / denominator * (1.0 / headroom))
     at = (b * T + t) * C + c
     rounded = y.to(y_ptr.dtype.element_ty)
@@ -290,7 +268,7 @@ def _read_saved(
     gy_ptr, y_ptr, residual_ptr, z_ptr, b, t, c, T, C, headroom, g_b, g_t, g_c, valid,
     RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    """The output's gradient, the output with headroom, and z."""
+    """Load the gradient of the output, the output times headroom, and z."""
     ACC: tl.constexpr = z_ptr.dtype.element_ty
     at = (b * T + t) * C + c
     gy = _read(gy_ptr, b, t, c, g_b, g_t, g_c, valid, ACC)
@@ -316,7 +294,7 @@ def _grad_leaves(
     """Terms g = gy e^(-z) e^(w n), h = g y, and both times the origin of their distances.
 
     Where w grows with distance, all distances that matter are alike, and their sums would cancel:
-    they count from the farthest end, see Distances in csrc/state.h.
+    they count from the farthest end, see Distances in csrc/bi_wkv/state.h.
     """
     shrink, shrink_exponent = exp_scaled(-z, 0.0)
     g = tl.where(valid, shrink * mantissa * gy, 0.0)
@@ -330,9 +308,9 @@ def grad_own_states(
     w_ptr, gy_ptr, y_ptr, residual_ptr, z_ptr, own_ptr, T, C, tiles, headroom, g_b, g_t, g_c,
     CAUSAL: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """As :func:`wkv_own_states`, of g and h: (B, tiles, directions, GRAD_FIELDS, C).
+    """Compute each tile's own sums of g and h, (B, tiles, directions, GRAD_FIELDS, C).
 
-    Unless causal; then there is direction 1 alone, since tokens give to later outputs only.
+    If causal, there is direction 1 only, because tokens contribute to later outputs only.
     """
     ACC: tl.constexpr = w_ptr.dtype.element_ty
     b, tile, r, t, c, valid = locate(T, C, tiles, BLOCK_T, BLOCK_C)
@@ -364,7 +342,7 @@ def grad_outputs(
     k_b, k_t, k_c, v_b, v_t, v_c, g_b, g_t, g_c,
     CAUSAL: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Gives gk and gv, (B, T, C), and what this tile gives to gw and gu, (B, tiles, C)."""
+    """Compute gk and gv, (B, T, C), and this tile's parts of gw and gu, (B, tiles, C)."""
     ACC: tl.constexpr = w_ptr.dtype.element_ty
     b, tile, r, t, c, valid = locate(T, C, tiles, BLOCK_T, BLOCK_C)
     w = tl.load(w_ptr + c, mask=c < C, other=0.0)
@@ -385,7 +363,7 @@ def grad_outputs(
     gk = gu
     gw = tl.where(w < 0, (_far(t, T, CAUSAL) - 1).to(ACC), 0.0) * gu
 
-    # What the outputs before it (sums from the left) and those after it give to it.
+    # The parts from the outputs before the token (sums from the left) and after it.
     for direction in tl.static_range(1 if CAUSAL else 0, 2):
         n, mantissa, exponent, before, inside, entering, edge = _before(
             w, entering_ptr, b, tile, r, t, c, T, C, tiles, GRAD_FIELDS, direction, BLOCK_T
@@ -430,7 +408,7 @@ def grad_outputs(
 def _check(
     w: Tensor, u: Tensor, like: Tensor, saved: dict[str, Tensor], strided: dict[str, Tensor]
 ):
-    """Guards direct calls through torch.ops, which would read foreign memory.
+    """Check direct calls through torch.ops, which could read out of bounds.
 
     Raises:
         RuntimeError: If a shape, dtype, layout or device does not fit.
@@ -464,7 +442,7 @@ class _Launch:
         self.batch, tokens, self.channels = k.shape
         self.tiling = tiling
         self.tiles = triton.cdiv(tokens, tiling.tokens)
-        # A term is below 16 times its value, see csrc/driver.h. A power of two rounds nothing.
+        # A term is below 16 times its value, see csrc/bi_wkv/host.h. A power of two rounds nothing.
         self.headroom = 2.0 ** (-4 - (tokens - 1).bit_length())
         self.sizes = (tokens, self.channels, self.tiles, self.headroom)
         self.blocks = dict(BLOCK_T=tiling.tokens, BLOCK_C=tiling.channels, num_warps=_WARPS)
@@ -474,8 +452,8 @@ class _Launch:
         self.own, self.entering = w.new_empty(count), w.new_empty(count)
 
     def join(self, w: Tensor, first: int, last: int) -> None:
-        """Joins the states of all tiles, in the directions from first to last."""
-        # Few channels a program: the more of them run, and each has many float64 rows.
+        """Join the states of all tiles, in the directions from first to last."""
+        # Few channels per program, so that many programs run; each has many float64 rows.
         channels = min(self.tiling.channels, 4)
         grid = (self.batch * triton.cdiv(self.channels, channels), last - first + 1)
         join_tiles[grid](
@@ -495,7 +473,7 @@ def forward(
     save: bool,
     tiling: Tiling | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The operator ``vrwkv_ops::bi_wkv_forward``; ``tiling`` replaces the chosen one."""
+    """Run ``vrwkv_ops::bi_wkv_forward``; ``tiling`` replaces the chosen one."""
     _check(w, u, k, {}, {'v': v})
     half = k.dtype in _HALF
     y = torch.empty(k.shape, dtype=k.dtype, device=k.device)
@@ -530,7 +508,7 @@ def backward(
     causal: bool,
     tiling: Tiling | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The operator ``vrwkv_ops::bi_wkv_backward``; ``tiling`` replaces the chosen one."""
+    """Run ``vrwkv_ops::bi_wkv_backward``; ``tiling`` replaces the chosen one."""
     _check(w, u, k, {'y': y, 'y_residual': y_residual, 'z': z}, {'v': v, 'gy': gy})
     gk, gv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
     if k.numel() == 0:

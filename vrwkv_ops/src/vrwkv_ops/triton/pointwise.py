@@ -20,7 +20,7 @@ def _write(ptr, at, count, value):
 
 @triton.jit
 def squared_relu_kernel(x_ptr, out_ptr, count, ACC: tl.constexpr, BLOCK: tl.constexpr):
-    """Gives relu(x)^2."""
+    """Compute relu(x)^2."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = _read(x_ptr, at, count, ACC)
     positive = tl.where(x < 0, 0.0, x)  # NaN stays
@@ -31,7 +31,7 @@ def squared_relu_kernel(x_ptr, out_ptr, count, ACC: tl.constexpr, BLOCK: tl.cons
 def squared_relu_backward_kernel(
     grad_ptr, x_ptr, gx_ptr, count, ACC: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Gives grad * 2 relu(x)."""
+    """Compute grad * 2 relu(x)."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = _read(x_ptr, at, count, ACC)
     _write(gx_ptr, at, count, _read(grad_ptr, at, count, ACC) * 2.0 * tl.where(x < 0, 0.0, x))
@@ -39,7 +39,7 @@ def squared_relu_backward_kernel(
 
 @triton.jit
 def sigmoid_gate_kernel(r_ptr, x_ptr, out_ptr, count, ACC: tl.constexpr, BLOCK: tl.constexpr):
-    """Gives sigmoid(r) * x."""
+    """Compute sigmoid(r) * x."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     gate = 1.0 / (1.0 + tl.exp(-_read(r_ptr, at, count, ACC)))
     _write(out_ptr, at, count, gate * _read(x_ptr, at, count, ACC))
@@ -49,7 +49,7 @@ def sigmoid_gate_kernel(r_ptr, x_ptr, out_ptr, count, ACC: tl.constexpr, BLOCK: 
 def sigmoid_gate_backward_kernel(
     grad_ptr, r_ptr, x_ptr, gr_ptr, gx_ptr, count, ACC: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Gives the gradients of r and x: sigmoid'(r) = sigmoid(r) sigmoid(-r)."""
+    """Compute the gradients of r and x: sigmoid'(r) = sigmoid(r) sigmoid(-r)."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     r = _read(r_ptr, at, count, ACC)
     gx = _read(grad_ptr, at, count, ACC) / (1.0 + tl.exp(-r))
@@ -58,7 +58,7 @@ def sigmoid_gate_backward_kernel(
 
 
 def _launch(kernel, inputs: tuple[Tensor, ...], outputs: int) -> list[Tensor]:
-    """Runs a kernel on all elements.
+    """Run a kernel on all elements.
 
     Raises:
         RuntimeError: If inputs differ in shape, dtype or device.
@@ -84,21 +84,21 @@ def _launch(kernel, inputs: tuple[Tensor, ...], outputs: int) -> list[Tensor]:
 
 
 def squared_relu(x: Tensor) -> Tensor:
-    """The operator ``vrwkv_ops::squared_relu``."""
+    """Run ``vrwkv_ops::squared_relu``."""
     return _launch(squared_relu_kernel, (x,), 1)[0]
 
 
 def squared_relu_backward(grad: Tensor, x: Tensor) -> Tensor:
-    """The operator ``vrwkv_ops::squared_relu_backward``."""
+    """Run ``vrwkv_ops::squared_relu_backward``."""
     return _launch(squared_relu_backward_kernel, (grad, x), 1)[0]
 
 
 def sigmoid_gate(r: Tensor, x: Tensor) -> Tensor:
-    """The operator ``vrwkv_ops::sigmoid_gate``."""
+    """Run ``vrwkv_ops::sigmoid_gate``."""
     return _launch(sigmoid_gate_kernel, (r, x), 1)[0]
 
 
 def sigmoid_gate_backward(grad: Tensor, r: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The operator ``vrwkv_ops::sigmoid_gate_backward``."""
+    """Run ``vrwkv_ops::sigmoid_gate_backward``."""
     gr, gx = _launch(sigmoid_gate_backward_kernel, (grad, r, x), 2)
     return gr, gx

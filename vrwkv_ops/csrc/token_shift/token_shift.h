@@ -1,0 +1,56 @@
+// Token shifts and the mix of every token with its shifted neighbour, forward and backward, for kLanes neighbouring channels of
+// one token, on the CPU and CUDA. Results are x * mix + shift(x) * (1 - mix) for each mix.
+#pragma once
+
+#include "../common/scaled.h"
+#include "../common/vector.h"
+#include "params.h"
+
+namespace {
+namespace vrwkv {
+
+using vrwkv_ops::acc_type;
+using vrwkv_ops::TokenShiftBackwardParams;
+using vrwkv_ops::TokenShiftForwardParams;
+
+// Computes channels c to c + kLanes of token t of image b, which lie in one group and side by side. The group takes token
+// `from`, or zeros if that is negative.
+template <int kMixes, int kLanes, typename scalar_t>
+VRWKV_FN void shift_forward(const TokenShiftForwardParams<scalar_t>& p, int64_t b, int64_t t, int64_t from, int64_t c) {
+  using Block = Vector<acc_type<scalar_t>, kLanes>;
+  Block own, moved, mix, out;
+  load(own, p.x.row(b, t, c), 1, kLanes);
+  if (from >= 0) load(moved, p.x.row(b, from, c), 1, kLanes);
+  const int64_t offset = (b * p.geometry.tokens() + t) * p.channels + c;
+  for (int n = 0; n < kMixes; ++n) {
+    load(mix, p.mixes + n * p.channels + c, 1, kLanes);
+    for (int j = 0; j < kLanes; ++j) out.x[j] = multiply_add(own.x[j], mix.x[j], moved.x[j] * (1 - mix.x[j]));
+    store(p.out[n] + offset, out, kLanes);
+  }
+}
+
+// Computes the gradient of x at a token and adds the token's part to the gradients of the mixes. The token takes from token
+// `from` and gives to token `to`.
+template <int kMixes, int kLanes, typename scalar_t>
+VRWKV_FN void shift_backward(const TokenShiftBackwardParams<scalar_t>& p, int64_t b, int64_t t, int64_t from, int64_t to,
+                             int64_t c, Vector<acc_type<scalar_t>, kLanes> (&gmixes)[kMixes]) {
+  using Block = Vector<acc_type<scalar_t>, kLanes>;
+  Block own, moved, gx;
+  load(own, p.x.row(b, t, c), 1, kLanes);
+  if (from >= 0) load(moved, p.x.row(b, from, c), 1, kLanes);
+  for (int n = 0; n < kMixes; ++n) {
+    Block mix, here, there;
+    const auto& grad = p.grads[n];
+    load(mix, p.mixes + n * p.channels + c, 1, kLanes);
+    load(here, grad.row(b, t, c), 1, kLanes);
+    if (to >= 0) load(there, grad.row(b, to, c), 1, kLanes);
+    for (int j = 0; j < kLanes; ++j) {
+      gx.x[j] = multiply_add(here.x[j], mix.x[j], multiply_add(there.x[j], 1 - mix.x[j], gx.x[j]));
+      gmixes[n].x[j] = multiply_add(here.x[j], own.x[j] - moved.x[j], gmixes[n].x[j]);
+    }
+  }
+  store(p.gx + (b * p.geometry.tokens() + t) * p.channels + c, gx, kLanes);
+}
+
+}  // namespace vrwkv
+}  // namespace
