@@ -15,7 +15,7 @@ GPU_ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help python demo demo-detection demo-segmentation test test-mmcv install-demo install-dense install-test \
-	install-lint install-mmcv install-mmcv-lite lint format unit gpu cuda-compile clean clean-env
+	install-lint install-mmcv install-mmcv-lite lint format unit gpu cuda-compile wheel clean clean-env
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' Makefile
@@ -83,6 +83,9 @@ cuda-compile: install-demo ## Compile the CUDA kernels for one architecture (nee
 	CPATH=$$headers$$CPATH FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST=$${TORCH_CUDA_ARCH_LIST:-9.0} \
 	$(RUN) -m uv build --wheel --no-build-isolation --python $(RUN) \
 	--out-dir $$folder/dist $$folder/vrwkv_ops
+
+wheel: install-demo ## Build a wheel of vrwkv_ops and run it on Python 3.10 to 3.13
+	$(RUN) vrwkv_ops/build_tools/check_wheel.py --out dist
 
 clean: ## Remove build products and caches
 	rm -rf build *.egg-info vrwkv_ops/build vrwkv_ops/src/*.egg-info .pytest_cache .ruff_cache
