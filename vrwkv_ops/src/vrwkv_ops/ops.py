@@ -21,32 +21,17 @@ from vrwkv_ops.checks import (
 _HALF = (torch.float16, torch.bfloat16)
 
 _lib = torch.library.Library('vrwkv_ops', 'DEF')
-_lib.define(
+for _schema in (
     'bi_wkv_forward(Tensor w, Tensor u, Tensor k, Tensor v, bool causal, bool save)'
     ' -> (Tensor y, Tensor y_residual, Tensor z)',
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_lib.define(
     'bi_wkv_backward(Tensor gy, Tensor w, Tensor u, Tensor k, Tensor v, Tensor y,'
     ' Tensor y_residual, Tensor z, bool causal) -> (Tensor gw, Tensor gu, Tensor gk, Tensor gv)',
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_lib.define(
     'q_shift(Tensor x, SymInt height, SymInt width, int shift_pixel, float channel_gamma,'
     ' bool reverse) -> Tensor',
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_lib.define(
     'token_shift(Tensor x, Tensor mixes, SymInt height, SymInt width, int shift_pixel,'
     ' float channel_gamma, str mode) -> Tensor[]',
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_lib.define(
     'token_shift_backward(Tensor[] grads, Tensor x, Tensor mixes, SymInt height, SymInt width,'
     ' int shift_pixel, float channel_gamma, str mode) -> (Tensor gx, Tensor gmixes)',
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-for _schema in (
     'squared_relu(Tensor x) -> Tensor',
     'squared_relu_backward(Tensor grad, Tensor x) -> Tensor',
     'sigmoid_gate(Tensor r, Tensor x) -> Tensor',
