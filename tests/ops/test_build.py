@@ -147,7 +147,7 @@ def test_failed_compilation_fails_the_install(tmp_path):
     )
     compiler.chmod(0o755)
     build = [sys.executable, 'setup.py', 'build_ext', '-b', tmp_path / 'lib', '-t', tmp_path / 'o']
-    env = {**_environment(), 'CXX': str(compiler), 'VRWKV_OPS_SKIP_CUDA': '1'}
+    env = {**_environment(), 'CXX': str(compiler), 'VRWKV_OPS_SKIP_CUDA': '1', 'MAX_JOBS': '1'}
     result = subprocess.run(build, cwd=_PACKAGE, env=env, capture_output=True, text=True)
     assert result.returncode != 0
     assert 'no such type' in result.stderr and 'Traceback' not in result.stderr
@@ -195,7 +195,13 @@ def test_source_archive_builds_kernels(tmp_path):
 
 
 def _environment():
-    unset = ('FORCE_CUDA', 'TORCH_CUDA_ARCH_LIST', 'VRWKV_OPS_SKIP_BUILD', 'VRWKV_OPS_SKIP_CUDA')
+    unset = (
+        'FORCE_CUDA',
+        'TORCH_CUDA_ARCH_LIST',
+        'VRWKV_OPS_SKIP_BUILD',
+        'VRWKV_OPS_SKIP_CUDA',
+        'UV',
+    )
     return {name: value for name, value in os.environ.items() if name not in unset}
 
 

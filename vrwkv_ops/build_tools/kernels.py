@@ -93,21 +93,16 @@ def plan(env: Mapping[str, str], machine: Machine) -> dict[str, Part]:
             or if ``FORCE_CUDA`` asks for what is impossible.
     """
     force_cuda = is_set(env, 'FORCE_CUDA')
-    for name in ('VRWKV_OPS_SKIP_BUILD', 'VRWKV_OPS_SKIP_CUDA'):
-        if is_set(env, name):
-            if force_cuda:
-                raise SetupError(f'FORCE_CUDA and {name} are both set and contradict: unset one')
-            skipped = Part(
-                False, f'{name} was set when vrwkv_ops was installed', 'Unset it and reinstall'
-            )
-            if name == 'VRWKV_OPS_SKIP_BUILD':
-                return {'cpu': skipped, 'cuda': skipped}
-            break
-    else:
-        skipped = None
+    switches = ('VRWKV_OPS_SKIP_BUILD', 'VRWKV_OPS_SKIP_CUDA')
+    skip = next((name for name in switches if is_set(env, name)), None)
+    if skip and force_cuda:
+        raise SetupError(f'FORCE_CUDA and {skip} are both set and contradict: unset one')
+    skipped = Part(False, f'{skip} was set when vrwkv_ops was installed', 'Unset it and reinstall')
+    if skip == 'VRWKV_OPS_SKIP_BUILD':
+        return {'cpu': skipped, 'cuda': skipped}
     if problem := _cpu_problem(machine):
         raise SetupError(problem)
-    cuda = skipped or _plan_cuda(env, machine, force_cuda)
+    cuda = skipped if skip else _plan_cuda(env, machine, force_cuda)
     if force_cuda and not cuda.built:
         raise SetupError(f'FORCE_CUDA is set, but {cuda.why}. {cuda.fix}')
     return {'cpu': Part(True), 'cuda': cuda}
@@ -115,7 +110,7 @@ def plan(env: Mapping[str, str], machine: Machine) -> dict[str, Part]:
 
 def _cpu_problem(machine: Machine) -> str:
     """Return why the CPU kernels cannot be compiled and what to type; '' if they can."""
-    pip = 'uv pip' if 'UV' in os.environ else 'pip'  # uv sets it for the builds that it starts
+    pip = _pip()
     without = f'VRWKV_OPS_SKIP_BUILD=1 {pip} install ./vrwkv_ops (35 times slower)'
     if machine.platform_problem:
         return f'vrwkv_ops: {machine.platform_problem}. Install without kernels: {without}'
@@ -136,6 +131,10 @@ def _cpu_problem(machine: Machine) -> str:
             f'or set CXX, or install without kernels: {without}'
         )
     return ''
+
+
+def _pip() -> str:
+    return 'uv pip' if 'UV' in os.environ else 'pip'  # uv sets UV for the builds that it starts
 
 
 def _plan_cuda(env: Mapping[str, str], machine: Machine, force: bool) -> Part:
@@ -379,25 +378,10 @@ class BuildKernels(build_ext):
         """
         machine = inspect_machine()
         parts = plan(os.environ, machine)
-        # Objects of another torch must not be reused.
-        folder = Path(self.build_temp).absolute() / f'torch-{machine.torch}'
-        shutil.rmtree(folder, ignore_errors=True)
         package = self._package()
         package.mkdir(parents=True, exist_ok=True)
-        commands = compile_commands(parts, machine.cuda_home, folder) if parts['cpu'].built else {}
-        try:
-            # CUDA files take the longest.
-            compile_all([*commands.get('cuda', ()), *commands.get('cpu', ())])
-            for name, part in commands.items():
-                part_file = LIBRARIES[name]
-                link([command.target for command in part], package / part_file, name == 'cuda')
-                parts[name].file = part_file
-        except SetupError as error:
-            cuda = ' (without CUDA kernels: VRWKV_OPS_SKIP_CUDA=1)' if 'cuda' in commands else ''
-            raise SetupError(
-                f'{error}\nvrwkv_ops: the kernels do not compile, see above{cuda}. To install '
-                'without kernels: VRWKV_OPS_SKIP_BUILD=1 pip install ./vrwkv_ops'
-            ) from None
+        if parts['cpu'].built:
+            self._build(parts, machine.cuda_home, package)
         for name, part in parts.items():
             if not part.built:
                 package.joinpath(LIBRARIES[name]).unlink(missing_ok=True)  # of an earlier build
@@ -408,6 +392,24 @@ class BuildKernels(build_ext):
             **{name: asdict(part) for name, part in parts.items()},
         }
         package.joinpath(BUILD_INFO).write_text(json.dumps(record, indent=2) + '\n')
+
+    def _build(self, parts: dict[str, Part], cuda_home: str | None, package: Path) -> None:
+        objects = Path(self.build_temp).absolute()
+        shutil.rmtree(objects, ignore_errors=True)
+        commands = compile_commands(parts, cuda_home, objects)
+        try:
+            # CUDA files take the longest.
+            compile_all([*commands.get('cuda', ()), *commands.get('cpu', ())])
+            for name, part in commands.items():
+                files = [command.target for command in part]
+                link(files, package / LIBRARIES[name], cuda=name == 'cuda')
+                parts[name].file = LIBRARIES[name]
+        except SetupError as error:
+            cuda = ' Without CUDA kernels: VRWKV_OPS_SKIP_CUDA=1.' if 'cuda' in commands else ''
+            raise SetupError(
+                f'{error}\nvrwkv_ops: the kernels do not compile, see above.{cuda} To install '
+                f'without kernels: VRWKV_OPS_SKIP_BUILD=1 {_pip()} install ./vrwkv_ops'
+            ) from None
 
     def get_outputs(self) -> list[str]:
         """Return the files that a wheel takes from this command."""
