@@ -210,7 +210,9 @@ def _platform_problem(system: str, machine: str, maxsize: int) -> str:
 
 
 def _cxx() -> list[str]:
-    return shlex.split(os.environ.get('CXX', '')) or ['c++']
+    if command := shlex.split(os.environ.get('CXX', '')):
+        return command
+    return [next(filter(shutil.which, ('c++', 'g++', 'clang++')), 'c++')]
 
 
 def _cxx_problem(compiler: list[str]) -> str:
