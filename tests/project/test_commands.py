@@ -1,0 +1,178 @@
+"""The commands of every README and docs page, with stand-ins for data, weights and other programs.
+
+Bash runs each page in a copy of the checkout, where ``python``, ``pip``, ``make`` and the launchers
+only record their arguments. What was recorded then runs here: ``tools/train.py`` and
+``tools/test.py`` up to the point where they would read data or weights, with a model that has no
+values; the other scripts up to their checked arguments, since tests of their own run them.
+"""
+
+import argparse
+import importlib.util
+import re
+import shutil
+import subprocess
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.logging import MMLogger
+
+from vrwkv.engine import VRWKVRunner, cli, model_index
+
+ROOT = Path(__file__).resolve().parents[2]
+LISTED = subprocess.run(
+    ['git', 'ls-files', '--cached', '--others', '--exclude-standard', '*.md'],
+    cwd=ROOT, check=True, capture_output=True, text=True,
+).stdout  # fmt: skip
+PROGRAMS = ('python', 'pip', 'uv', 'mim', 'make', 'torchrun', 'srun', 'docker')
+RECORD = """#!/bin/sh
+{ printf '%s\\t' "$(basename "$0")" "$@"; echo; } >> "$COMMANDS"
+"""
+
+
+def fenced(text, *languages):
+    """Return the code blocks in one of some languages."""
+    return [
+        textwrap.dedent(body)
+        for language, body in re.findall(r'^ *```(\w+)\n(.*?)^ *```', text, re.S | re.M)
+        if language in languages
+    ]
+
+
+PAGES = [
+    page for page in LISTED.split() if fenced((ROOT / page).read_text(), 'bash', 'shell', 'sh')
+]
+
+
+@pytest.fixture(scope='module')
+def checkout(tmp_path_factory):
+    """Copy what commands name, beside programs that only record how they were called."""
+    folder = tmp_path_factory.mktemp('checkout')
+    for name in ('configs', 'tools', 'demo', 'vrwkv_ops/benchmarks'):
+        shutil.copytree(ROOT / name, folder / name)
+    programs = folder / '.venv' / 'bin'
+    programs.mkdir(parents=True)
+    (programs / 'activate').touch()
+    for name in PROGRAMS:
+        (programs / name).write_text(RECORD)
+        (programs / name).chmod(0o755)
+    return folder
+
+
+def record(page, checkout):
+    """Run a page in bash. Return the programs that it called with their arguments."""
+    commands = checkout / 'commands'
+    commands.unlink(missing_ok=True)
+    environment = {'PATH': f'{checkout}/.venv/bin:/usr/bin:/bin', 'COMMANDS': str(commands)}
+    script = 'set -eu\n' + '\n'.join(fenced((ROOT / page).read_text(), 'bash', 'shell', 'sh'))
+    done = subprocess.run(
+        ['bash', '-c', script], cwd=checkout, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    lines = commands.read_text().splitlines() if commands.exists() else []
+    return [tuple(line.removesuffix('\t').split('\t')) for line in lines]
+
+
+class Reached(Exception):  # noqa: N818
+    """A command got as far as it goes here."""
+
+
+@pytest.fixture
+def stand_ins(checkout, monkeypatch):
+    """Stop trainings and tests before they read data or weights, and scripts after parsing."""
+    monkeypatch.chdir(checkout)
+    build_runner = cli.build_runner
+
+    def on_meta(cfg):
+        cfg.launcher = 'none'
+        with torch.device('meta'):
+            return build_runner(cfg)
+
+    def reached(runner):
+        if runner.optim_wrapper is not None:
+            runner.build_optim_wrapper(runner.optim_wrapper)
+        raise Reached
+
+    monkeypatch.setattr(cli, 'build_runner', on_meta)
+    monkeypatch.setattr(VRWKVRunner, 'wrap_model', lambda runner, cfg, model: model)
+    monkeypatch.setattr(VRWKVRunner, 'train', reached)
+    monkeypatch.setattr(VRWKVRunner, 'test', reached)
+    yield
+    MMLogger._instance_dict.clear()
+
+
+def run_script(path, arguments, monkeypatch):
+    """Run a script of the checkout up to its parsed arguments."""
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_only(parser, *args, **kwargs):
+        parse(parser, *args, **kwargs)
+        raise Reached
+
+    monkeypatch.setattr('sys.argv', [str(path), *arguments])
+    monkeypatch.setattr(argparse.ArgumentParser, 'parse_args', parse_only)
+    monkeypatch.syspath_prepend(path.parent)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with pytest.raises(Reached):
+        module.main()
+
+
+def run_recorded(program, arguments, checkout, monkeypatch):
+    """Run one recorded command."""
+    if program in ('torchrun', 'srun'):  # they run a tool with the rest of their arguments
+        tool = re.compile(r'/(train|test)\.py$')
+        first = next(i for i, name in enumerate(arguments) if tool.search(name))
+        assert program == 'srun' or int(dict(a.split('=') for a in arguments[:first])['--nnodes'])
+        program, arguments = 'python', arguments[first:]
+    if program == 'make':
+        subprocess.run(['make', '-n', *arguments], cwd=ROOT, check=True, capture_output=True)
+    elif program == 'mim':
+        if arguments[0] == 'download':
+            assert model_index.find_model(arguments[arguments.index('--config') + 1])
+    elif program in ('pip', 'uv'):
+        for name in arguments:
+            if name.startswith('.'):
+                folder, _, extras = name.partition('[')
+                assert (ROOT / folder / 'pyproject.toml').is_file()
+                text = (ROOT / 'pyproject.toml').read_text()
+                assert not extras or f'\n{extras.removesuffix("]")} = [' in text
+    elif program == 'python' and arguments[0] == '-m':
+        assert importlib.util.find_spec(arguments[1])
+    elif program == 'python':
+        path = checkout / arguments[0]
+        if path.name in ('train.py', 'test.py') and path.parent.name == 'tools':
+            with pytest.raises(Reached):
+                getattr(cli, path.stem)(list(arguments[1:]))
+        else:
+            run_script(path, arguments[1:], monkeypatch)
+    else:
+        assert program == 'docker'
+
+
+@pytest.mark.parametrize('page', PAGES)
+def test_commands_of_a_page(page, checkout, stand_ins, monkeypatch):
+    commands = record(page, checkout)
+    assert commands
+    for program, *arguments in dict.fromkeys(commands):
+        with monkeypatch.context() as patch:
+            run_recorded(program, arguments, checkout, patch)
+
+
+def test_python_of_the_pytorch_page(tmp_path, monkeypatch):
+    """A released file is a classifier's, so its backbone's names have a prefix."""
+    from vrwkv.backbones import VRWKV
+
+    monkeypatch.chdir(tmp_path)
+    weights = VRWKV(embed_dims=192, depth=12).state_dict()
+    torch.save(
+        {'state_dict': {f'backbone.{name}': value for name, value in weights.items()}},
+        'vrwkv_t_in1k_224.pth',
+    )
+    names = {}
+    for block in fenced((ROOT / 'docs/pytorch.md').read_text(), 'python'):
+        exec(block, names)
+    assert [tuple(m.shape) for m in names['maps']] == [(2, 192, 32, 24)] * 4
+    assert names['y'].shape == names['x'].shape == (2, 196, 192)
