@@ -14,7 +14,7 @@ PYTEST_ARGS ?=
 GPU_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help python demo demo-detection demo-segmentation test test-mmcv install-demo install-dense install-test \
+.PHONY: help python demo demo-detection demo-segmentation test test-mmcv docs install-demo install-dense install-test \
 	install-lint install-mmcv install-mmcv-lite lint format unit gpu cuda-compile wheel clean clean-env
 
 help: ## Show this list
@@ -86,6 +86,12 @@ cuda-compile: install-demo ## Compile the CUDA kernels for one architecture (nee
 
 wheel: install-demo ## Build a wheel of vrwkv_ops and run it on Python 3.10 to 3.13
 	$(RUN) vrwkv_ops/build_tools/check_wheel.py --out dist
+
+# The pages are copied, so that links between folders work as they do in the checkout.
+docs: install-lint ## Build the documentation site in build/site; a warning is an error
+	rm -rf build/docs build/site && mkdir -p build/docs
+	git ls-files -z --cached --others --exclude-standard '*.md' configs docs LICENSE | xargs -0 cp --parents -t build/docs
+	$(RUN) -m mkdocs build --strict --quiet
 
 clean: ## Remove build products and caches
 	rm -rf build *.egg-info vrwkv_ops/build vrwkv_ops/src/*.egg-info .pytest_cache .ruff_cache
