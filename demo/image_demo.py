@@ -1,8 +1,11 @@
-"""Classify an image, or find or segment what is in it, with any model of the three tasks."""
+"""Classify, detect or segment the content of an image with any model of the three tasks."""
 
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def resolve(model: str, pretrained: str | bool) -> tuple[Path, str | None]:
-    """Find the config and the weights that the command line asks for.
+    """Find the config and the weights of the command line.
 
     Args:
         model: Path of a config or name of a model.
@@ -28,7 +31,7 @@ def resolve(model: str, pretrained: str | bool) -> tuple[Path, str | None]:
         The config's path; the checkpoint's path or address, or None.
 
     Raises:
-        ValueError: If there is no such model, or no released checkpoint of it.
+        ValueError: If there is no such model, or if it has no released checkpoint.
         FileNotFoundError: If there is no such config.
     """
     if model.endswith('.py'):
@@ -44,7 +47,7 @@ def resolve(model: str, pretrained: str | bool) -> tuple[Path, str | None]:
         return config, pretrained or None
     if info is None or info.weights is None:
         raise ValueError(
-            f'nobody has released weights of {config}: name a checkpoint, --pretrained FILE'
+            f'there are no released weights of {config}: name a checkpoint, --pretrained FILE'
         )
     return config, info.weights
 
@@ -63,11 +66,11 @@ def classify(config: Path, weights: str | None, device: str, image: str, out: Pa
 
 
 def detect(config: Path, weights: str | None, device: str, image: str, out: Path) -> str:
-    """Find instances with mmdet."""
+    """Detect instances with mmdet."""
     import vrwkv_det  # noqa: F401, I001 (before mmdet: it serves mmcv's operators)
     from mmdet.apis import DetInferencer
 
-    threshold = 0.3  # as the inferencer draws
+    threshold = 0.3  # the inferencer's
     inferencer = DetInferencer(str(config), weights, device, show_progress=False)
     results = inferencer(image, out_dir=str(out), pred_score_thr=threshold, no_save_pred=True)
     (result,) = results['predictions']
@@ -97,12 +100,31 @@ def segment(config: Path, weights: str | None, device: str, image: str, out: Pat
     )
 
 
-#: What runs a config, by its default scope.
+#: The function for a config's default scope.
 TASKS: dict[str, Callable[[Path, str | None, str, str, Path], str]] = {
     'mmpretrain': classify,
     'mmdet': detect,
     'mmseg': segment,
 }
+
+
+def picture_path(image: Path, out: Path, suffix: str) -> Path:
+    """Choose the path of a picture: like the image's, so that no two images share a picture.
+
+    Args:
+        image: Path of the image.
+        out: Folder for pictures.
+        suffix: Suffix of the picture; it is added unless the image has it.
+
+    Returns:
+        The path below ``out``: the image's path from the working directory or, for an image outside
+        it, from the root.
+    """
+    image = Path(os.path.abspath(image))  # without '..'
+    here = Path.cwd()
+    inside = image.relative_to(here if image.is_relative_to(here) else image.anchor)
+    name = image.name if image.suffix == suffix else image.name + suffix
+    return out / inside.with_name(name)
 
 
 def run(image: str, model: str, pretrained: str | bool, device: str, out: Path) -> tuple[str, Path]:
@@ -112,15 +134,15 @@ def run(image: str, model: str, pretrained: str | bool, device: str, out: Path) 
         image: Path of the image.
         model: Path of a config or name of a model.
         pretrained: A checkpoint, True for the released one, or False for none.
-        device: Where to run.
-        out: Folder for pictures, each in one named after its config.
+        device: The device.
+        out: Folder for pictures; each config gets a folder of its name.
 
     Returns:
         The result in words and the picture's path.
 
     Raises:
         FileNotFoundError: If the image, config or checkpoint does not exist.
-        ValueError: If the image is none, there is no such model or no task for it.
+        ValueError: If the file is not an image, or there is no such model or no task for it.
         CheckpointError: If the checkpoint cannot be downloaded, read or loaded.
     """
     if not Path(image).is_file():
@@ -131,14 +153,14 @@ def run(image: str, model: str, pretrained: str | bool, device: str, out: Path) 
     scope = Config.fromfile(config).get('default_scope')
     if scope not in TASKS:
         raise ValueError(f'{config} has the default_scope {scope!r}, not one of {list(TASKS)}')
-    out = out / config.stem
-    out.mkdir(parents=True, exist_ok=True)
-    before = {path: path.stat().st_mtime_ns for path in out.rglob('*')}
-    text = TASKS[scope](config, weights, device, image, out)
-    pictures = [
-        p for p in out.rglob('*.*') if p.is_file() and before.get(p) != p.stat().st_mtime_ns
-    ]
-    return text, pictures[0]
+    # The libraries name a picture after the image's file name without its folders.
+    with tempfile.TemporaryDirectory() as folder:
+        text = TASKS[scope](config, weights, device, image, Path(folder))
+        drawn = next(path for path in Path(folder).rglob('*.*') if path.is_file())
+        picture = picture_path(Path(image), out / config.stem, drawn.suffix)
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(drawn, picture)
+    return text, picture
 
 
 def main() -> None:
@@ -167,7 +189,7 @@ def main() -> None:
     except (CheckpointError, FileNotFoundError, ValueError) as error:
         raise SystemExit(f'error: {error}') from error
     if not args.pretrained:
-        print('Without --pretrained the weights are random, and so is this:')
+        print('Without --pretrained the weights are random, and so is this result:')
     print(text)
     print(f'picture: {picture}')
 

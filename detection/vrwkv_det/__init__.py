@@ -9,5 +9,8 @@ from vrwkv.mmcv_ops import serve_mmcv_ops
 with explain_missing('vrwkv_det', extra='detection', brings=('mmdet', 'mmcv')):
     serve_mmcv_ops()
     import vrwkv.engine  # noqa: F401 (safe checkpoint loading, onedl)
+    from vrwkv.analysis import register_flop_handlers
 
     from . import datasets, models, precision  # noqa: F401
+
+    register_flop_handlers()

@@ -10,5 +10,8 @@ from vrwkv.mmcv_ops import serve_mmcv_ops
 with explain_missing('vrwkv_seg', extra='segmentation', brings=('mmseg', 'mmcv', 'ftfy', 'regex')):
     serve_mmcv_ops()
     import vrwkv.engine  # noqa: F401 (safe checkpoint loading, onedl)
+    from vrwkv.analysis import register_flop_handlers
 
     from . import datasets, hooks, models  # noqa: F401
+
+    register_flop_handlers()

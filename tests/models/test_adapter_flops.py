@@ -3,9 +3,10 @@
 import mmcv.ops.multi_scale_deform_attn as deform
 import pytest
 import torch
+from mmengine.analysis import FlopAnalyzer
 from torch import nn
 
-from vrwkv.analysis import FlopAnalyzer
+from vrwkv.analysis.flops import FLOP_HANDLERS
 from vrwkv.backbones import ViTAdapter, VRWKVAdapter
 
 # The paper's 800x1333 is padded to multiples of 32.
@@ -61,7 +62,7 @@ def build(cls, **kwargs):
 
 
 def count(model, size):
-    analyzer = FlopAnalyzer(model, torch.zeros(1, 3, *size))
+    analyzer = FlopAnalyzer(model, torch.zeros(1, 3, *size)).set_op_handle(**FLOP_HANDLERS)
     analyzer.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     return analyzer.by_operator()
 
@@ -165,5 +166,5 @@ def test_the_gpu_kernel_of_deformable_attention_counts_as_the_cpu_path():
     # 2 images, 8 values, 5 queries, 3 heads of 4 channels, 2 levels, 6 points
     inputs = (torch.rand(2, 8, 3, 4), torch.rand(2, 5, 3, 2, 6, 2), torch.rand(2, 5, 3, 2, 6))
     for kernel in (False, True):
-        analyzer = FlopAnalyzer(Model(kernel), inputs).unsupported_ops_warnings(False)
-        assert analyzer.total() == 4 * 2 * 5 * 3 * 4 * 2 * 6
+        analyzer = FlopAnalyzer(Model(kernel), inputs).set_op_handle(**FLOP_HANDLERS)
+        assert analyzer.unsupported_ops_warnings(False).total() == 4 * 2 * 5 * 3 * 4 * 2 * 6

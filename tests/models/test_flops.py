@@ -1,18 +1,32 @@
-"""FLOP counts: what mmengine's own analysis says of our models once these are imported."""
+"""FLOP counts of our models by mmengine's own analysis."""
 
 import subprocess
 import sys
 
 import pytest
 import torch
-from mmengine.analysis import ActivationAnalyzer, FlopAnalyzer, get_model_complexity_info
+from mmengine.analysis import (
+    ActivationAnalyzer,
+    FlopAnalyzer,
+    complexity_analysis,
+    get_model_complexity_info,
+)
 from torch import nn
 
-from vrwkv.analysis import complexity
+from vrwkv.analysis import complexity, input_channels, register_flop_handlers
 from vrwkv.backbones import VRWKV, ViT
 
 C, DEPTH, SIZE = 16, 3, (64, 96)
 TOKENS = SIZE[0] * SIZE[1] // 16**2
+
+
+@pytest.fixture(autouse=True)
+def handlers(monkeypatch):
+    """Register the handlers for one test."""
+    for kind in ('FLOP', 'ACT'):
+        name = f'_DEFAULT_SUPPORTED_{kind}_OPS'
+        monkeypatch.setattr(complexity_analysis, name, getattr(complexity_analysis, name).copy())
+    register_flop_handlers()
 
 
 @pytest.fixture(scope='module')
@@ -59,15 +73,31 @@ def test_mmengines_report(images):
     assert ActivationAnalyzer(model, images[:1]).total() == report['activations'] == TOKENS * width
 
 
-def test_importing_the_backbones_is_enough():
+def test_importing_registers_nothing():
+    """Neither the models nor the analysis change mmengine's; a call of the function does."""
     code = (
-        'import torch; from vrwkv.backbones import VRWKV; from mmengine.analysis import '
-        'FlopAnalyzer; counts = FlopAnalyzer(VRWKV(embed_dims=8, depth=1).eval(), '
-        'torch.zeros(1, 3, 32, 32)).by_operator(); print(counts["bi_wkv_forward"])'
+        'import sys, torch; from vrwkv.backbones import VRWKV\n'
+        'assert not any("analysis" in name for name in sys.modules if name.startswith("vrwkv"))\n'
+        'assert "mmengine.analysis" not in sys.modules\n'
+        'from vrwkv.analysis import complexity, register_flop_handlers\n'
+        'from mmengine.analysis import FlopAnalyzer\n'
+        'model, image = VRWKV(embed_dims=8, depth=1).eval(), torch.zeros(1, 3, 32, 32)\n'
+        'count = lambda: FlopAnalyzer(model, image).by_operator()["bi_wkv_forward"]\n'
+        'print(count(), complexity(model, image).operators["bi_wkv_forward"], count())\n'
+        'register_flop_handlers(); print(count())\n'
     )
     command = [sys.executable, '-W', 'ignore', '-c', code]
     result = subprocess.run(command, capture_output=True, text=True, check=True, cwd='/')
-    assert result.stdout.split()[-1] == str(29 * 4 * 8)
+    assert result.stdout.split()[-4:] == ['0', str(29 * 4 * 8), '0', str(29 * 4 * 8)]
+
+
+@pytest.mark.parametrize('channels', [1, 3, 4])
+def test_input_channels(channels):
+    backbone = VRWKV(embed_dims=8, depth=1, in_channels=channels)
+    model = nn.Sequential(nn.Conv2d(7, 7, 1))
+    model.backbone = backbone
+    assert input_channels(backbone) == input_channels(model) == channels
+    assert input_channels(nn.Linear(2, 2)) == 3
 
 
 def test_complexity_of_a_model_and_of_its_backbone(images):

@@ -12,6 +12,7 @@ from PIL import Image
 from pycocotools import mask as run_length
 from pycocotools.coco import COCO
 
+from vrwkv.analysis.measurement import memory_in_use, peak_memory
 from vrwkv.engine import cli
 
 pytestmark = pytest.mark.usefixtures('training_environment')
@@ -199,14 +200,20 @@ def test_heads_of_another_number_of_classes_are_refused(write_config, data_root,
         cli.train([str(config), '--work-dir', str(tmp_path / 'work')])
 
 
-def test_training_memory(write_config, load_script):
-    training_memory = load_script('tools/analysis_tools/training_memory.py')
+def test_memory():
     size = 2**26
     held = mmap.mmap(-1, size)  # fresh memory, which an allocator may have left over from before
-    before = training_memory._memory('cpu', 'VmRSS')
+    before = memory_in_use('cpu')
     held.write(b'1' * size)
-    grown = training_memory._memory('cpu', 'VmRSS') - before
+    grown = memory_in_use('cpu') - before
     assert grown == pytest.approx(size, rel=0.05)
-    assert training_memory._memory('cpu', 'VmHWM') >= before + grown
-    peak, seconds = training_memory.step(str(write_config('memory')), True, (1, 3, 64, 96), 'cpu')
+    assert peak_memory('cpu') >= before + grown
+
+
+@pytest.mark.parametrize('channels', [1, 3, 4])
+def test_training_memory(write_config, load_script, channels):
+    training_memory = load_script('tools/analysis_tools/training_memory.py')
+    changes = f"model['backbone']['in_channels'] = {channels}"
+    config = str(write_config('memory', changes=changes))
+    peak, seconds = training_memory.step(config, True, 1, (64, 96), 'cpu')
     assert peak >= 0 and seconds > 0

@@ -1,4 +1,4 @@
-"""demo/image_demo.py for the three tasks, and what it says when something is wrong."""
+"""demo/image_demo.py for the three tasks, and its error messages."""
 
 import re
 from pathlib import Path
@@ -29,6 +29,8 @@ def image(tmp_path):
 @pytest.fixture
 def run(demo, tmp_path, monkeypatch, capsys):
     """Run the script; give what it prints about the result, and the picture."""
+
+    monkeypatch.chdir(tmp_path)
 
     def run(*args):
         out = tmp_path / 'out'
@@ -112,6 +114,30 @@ def test_segmentation(run, image, tmp_path):
     assert Image.open(picture).size == (96, 64)
 
 
+@pytest.mark.parametrize('task', ['classification', 'detection', 'segmentation'])
+def test_images_of_one_name_keep_their_folders(task, run, image, tmp_path):
+    config = TINY if task == 'classification' else the_small(task)
+    if task != 'classification':
+        save_weights(config, tmp_path / 'weights.pth')
+    pictures, options = [], [] if task == 'classification' else ['--pretrained', 'weights.pth']
+    for folder, level in (('a', 40), ('b/c', 200)):
+        (tmp_path / folder).mkdir(parents=True)
+        Image.new('RGB', (64, 64), (level,) * 3).save(tmp_path / folder / 'image.png')
+        pictures.append(run(f'{folder}/image.png', config, *options)[1])
+    root = tmp_path / 'out' / Path(config).stem
+    assert pictures == [root / 'a/image.png', root / 'b/c/image.png']
+    first, second = (np.asarray(Image.open(p).convert('L')).mean() for p in pictures)
+    assert first < second - 20
+
+
+def test_paths_of_pictures(demo, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert demo.picture_path(Path('a/b.png'), Path('out'), '.png') == Path('out/a/b.png')
+    assert demo.picture_path(Path('a/b.jpg'), Path('out'), '.png') == Path('out/a/b.jpg.png')
+    outside = demo.picture_path(Path('/data/x/b.png'), Path('out'), '.png')
+    assert outside == Path('out/data/x/b.png')
+
+
 def test_where_config_and_weights_come_from(demo):
     name = 'mask-rcnn_vrwkv-adapter-tiny_fpn_1x_coco'
     config = ROOT / f'configs/detection/{name}.py'
@@ -134,7 +160,7 @@ def test_where_config_and_weights_come_from(demo):
         (('none.png', TINY), 'image none.png does not exist'),
         (('text.png', TINY), 'text.png is no image that OpenCV'),
         (('image.png', 'other.py'), "has the default_scope 'mmpose', not one of"),
-        (('image.png', 'other.py', '--pretrained'), 'nobody has released weights of other.py'),
+        (('image.png', 'other.py', '--pretrained'), 'no released weights of other.py'),
         (('image.png', TINY, '--pretrained', 'text.png'), 'is not a PyTorch checkpoint'),
         (('image.png', TINY, '--pretrained', 'none.pth'), "'none.pth' does not exist"),
     ],

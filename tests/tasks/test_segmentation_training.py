@@ -222,10 +222,16 @@ def test_heads_of_other_classes_end_a_run(write_config, data_root, tmp_path):
         cli.train([str(write_config('wrong', 2, changes)), '--work-dir', str(tmp_path / 'work')])
 
 
-def test_whole_vs_slide(write_config, load_script, monkeypatch, capsys):
+@pytest.mark.parametrize('channels', [3, 4])
+def test_whole_vs_slide(write_config, load_script, channels, monkeypatch, capsys):
     """The command's table; a peak holds at least the logits, 4 bytes for each class and pixel."""
     tool = load_script('tools/analysis_tools/whole_vs_slide.py')
-    config = write_config('size')
+    changes = f"""
+model['backbone']['in_channels'] = {channels}
+model['data_preprocessor'].update(
+    mean=[0.0] * {channels}, std=[255.0] * {channels}, bgr_to_rgb=False)
+"""
+    config = write_config('size', changes=changes)
     size = ['--size', '256', '512']
     monkeypatch.setattr('sys.argv', ['whole_vs_slide.py', str(config), *size, '--threads', '1'])
     tool.main()

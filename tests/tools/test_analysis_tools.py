@@ -1,4 +1,4 @@
-"""The analysis tools: what they compute, print and draw, and what they say of a mistake."""
+"""The analysis tools: their numbers, tables, pictures and error messages."""
 
 import json
 import re
@@ -17,8 +17,8 @@ from PIL import Image
 from torch import nn
 
 from vrwkv.analysis import area_of_share, complexity, effective_receptive_field
-from vrwkv.analysis.drawing import table
 from vrwkv.analysis.models import build_model, load_model, read_config
+from vrwkv.analysis.report import distinct_names, markdown_table
 from vrwkv.backbones import VRWKV
 
 NANO = 'configs/classification/vrwkv-nano_1xb64_digits.py'
@@ -50,13 +50,67 @@ def check_picture(path):
 
 
 def test_table():
-    assert table(('name', 'n'), [('a', '1.5'), ('long', '10'), ('b', None)]).splitlines() == [
+    assert markdown_table(
+        ('name', 'n'), [('a', '1.5'), ('long', '10'), ('b', None)]
+    ).splitlines() == [
         '| name |   n |',
         '| ---- | --: |',
         '| a    | 1.5 |',
         '| long |  10 |',
         '| b    |   - |',
     ]
+
+
+def test_distinct_names():
+    paths = ['a/x.py', 'b/x.py', 'c/b/x.py', 'c.py', 'c.py', 'lib::d/e.py']
+    names = ['a/x', 'b/x', 'c/b/x', 'c (1)', 'c (2)', 'e']
+    assert distinct_names(paths) == names
+    assert distinct_names([]) == []
+
+
+@pytest.fixture
+def write_config(nano, tmp_path):
+    """Write a config of a tiny model for images of some channels."""
+
+    def write(channels, name='channels'):
+        path = tmp_path / f'{name}.py'
+        mean = f'mean={[0.0] * channels}, std={[255.0] * channels}'
+        path.write_text(
+            f"""_base_ = [{nano!r}]
+model = dict(
+    backbone=dict(in_channels={channels}, embed_dims=8, depth=1), head=dict(in_channels=8))
+data_preprocessor = dict({mean}, to_rgb=False)
+"""
+        )
+        return str(path)
+
+    return write
+
+
+@pytest.mark.parametrize('channels', [1, 4])
+def test_get_flops_counts_the_channels_of_the_model(tool, write_config, channels, tmp_path):
+    configs = [write_config(channels), write_config(3, 'colours')]
+    tool('get_flops').main([*configs, '--shape', '32', '--out', str(tmp_path)])
+    models = json.loads((tmp_path / 'flops.json').read_text())['models']
+    patches, patch = (32 // 4) ** 2, 4**2
+    assert models['channels']['operators']['conv'] == patches * patch * channels * 8
+    assert models['colours']['operators']['conv'] == patches * patch * 3 * 8
+
+
+def test_get_flops_of_configs_of_one_name(tool, write_config, tmp_path, capsys):
+    configs = []
+    for channels in (1, 3):
+        folder = tmp_path / str(channels)
+        folder.mkdir()
+        configs.append(str(Path(write_config(channels)).rename(folder / 'channels.py')))
+    tool('get_flops').main([*configs, configs[0], '--shape', '32', '--out', str(tmp_path)])
+    rows = printed_rows(capsys.readouterr().out)
+    assert [row[0].rpartition('/')[2] for row in rows] == [
+        'channels (1)',
+        'channels',
+        'channels (2)',
+    ]
+    assert len(json.loads((tmp_path / 'flops.json').read_text())['models']) == 3
 
 
 def test_get_flops(tool, nano, tmp_path, capsys):
@@ -125,7 +179,7 @@ def test_detector_counts_its_heads(tool):
     assert cost.flops > 2 * cost.backbone_flops
 
 
-def test_rows_of_the_papers_tables_agree(tool):
+def test_rows_of_the_papers_tables_agree(tool, repository):
     """Parameters, without memory for them, and FLOPs where they are few.
 
     Of tables 3 and 4 those of Tiny, since reading such a config takes a second: the tests of the
@@ -136,7 +190,8 @@ def test_rows_of_the_papers_tables_agree(tool):
     held = [row for row in rows if row.held]
     assert len(held) == 4 + 7 + 11 + 8
     for row in rows:
-        assert row.config is None or '::' in row.config or paper.path_of(row).is_file(), row
+        path = repository / f'configs/{row.config}.py'
+        assert row.config is None or '::' in row.config or path.is_file(), row
     for row in held:
         if row.table > 2 and '-tiny' not in row.config:
             continue
@@ -251,6 +306,36 @@ def test_receptive_field_tool(tool, nano, image_folder, tmp_path, capsys):
     assert printed_rows(capsys.readouterr().out)[0][0] == 'ViT'
 
 
+@pytest.mark.parametrize('channels', [1, 2, 4])
+def test_receptive_field_of_other_channels(tool, write_config, channels, tmp_path, capsys):
+    """On photographs, and on files with that many channels; others are refused."""
+    erf = tool('effective_receptive_field')
+    config = write_config(channels)
+    common = [config, '--size', '32', '--count', '1', '--out', str(tmp_path), '--device', 'cpu']
+    erf.main(common)
+    (image,) = erf.read_images(None, 1, 32, 0, channels)
+    (colours,) = erf.read_images(None, 1, 32, 0, 3)
+    assert image.shape == (32, 32, channels)
+    grey = np.array(Image.fromarray(colours[..., ::-1].copy()).convert('L'))
+    assert (image[..., -1] == grey).all()
+    if channels == 4:
+        assert (image[..., :3] == colours).all()
+
+    folder = tmp_path / 'images'
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(256, size=(32, 32, 4), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / 'image.png')
+    if channels == 2:
+        with pytest.raises(SystemExit, match=r"image.png' has 4 channels, the model takes 2"):
+            erf.main([*common, '--images', str(folder)])
+        return
+    erf.main([*common, '--images', str(folder)])
+    (image,) = erf.read_images(folder, 1, 32, 0, channels)
+    if channels == 4:  # in OpenCV's order
+        assert (image == pixels[..., [2, 1, 0, 3]]).all()
+    assert capsys.readouterr().out.count('Picture: ') == 2
+
+
 def test_receptive_field_defaults_are_the_papers(tool, repository):
     erf = tool('effective_receptive_field')
     assert list(erf.DEFAULTS) == ['VRWKV', 'No shift', 'Causal', 'ViT']
@@ -347,6 +432,13 @@ def test_resolution_accuracy(tool, classifier, image_folder, tmp_path, capsys):
     check_picture(tmp_path / 'out/resolution_accuracy.png')
 
 
+def test_names_of_models_are_distinct(tool):
+    name = tool('resolution_accuracy').name_models
+    assert name(['a/c.py', 'x.pth', 'b/c.py', 'x.pth']) == ['a/c', 'b/c']
+    runs = ['c.py', 's0/e8.pth', 'c.py', 's1/e8.pth', 'c.py', 's1/e9.pth']
+    assert name(runs) == ['c, s0/e8', 'c, s1/e8', 'c, e9']
+
+
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
@@ -379,6 +471,19 @@ def test_vis_cam_says_what_it_needs(tool, version, monkeypatch):
     found = 'not installed' if version is None else version
     with pytest.raises(SystemExit, match=rf"grad-cam below 1.5, which is {found}.*'grad-cam==1.4"):
         cam.main()
+
+
+@pytest.mark.parametrize(('channels', 'bands'), [(1, [0, 0, 0]), (3, [0, 1, 2]), (4, [0, 1, 2])])
+def test_class_activation_maps_of_other_channels(tool, channels, bands, monkeypatch):
+    """grad-cam gets images of three channels."""
+    shown = []
+    stub = types.ModuleType('pytorch_grad_cam.utils.image')
+    stub.show_cam_on_image = lambda image, mask, use_rgb: shown.append(image)
+    monkeypatch.setitem(sys.modules, stub.__name__, stub)
+    tool('vis_cam').show_in_colour()
+    image = np.random.default_rng(0).random((4, 4, channels), np.float32)
+    stub.show_cam_on_image(image, None, use_rgb=False)
+    assert (shown[0] == image[..., bands]).all()
 
 
 def test_mmpretrains_cam_tool_understands_a_vrwkv(tool, monkeypatch):

@@ -1,7 +1,7 @@
-"""Draw effective receptive fields side by side: what the token in the centre of an image sees.
+"""Draw effective receptive fields of the token in the centre of an image side by side.
 
-Without arguments it compares VRWKV, VRWKV without token shift, VRWKV with causal attention and ViT,
-all of the size Tiny and with random weights, as the paper's figure 3a does with trained ones.
+The default models are VRWKV, VRWKV without token shift, VRWKV with causal attention and ViT, all of
+the size Tiny and with random weights. The paper's figure 3a shows trained ones.
 """
 
 from __future__ import annotations
@@ -12,15 +12,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import cv2
 import numpy as np
 import torch
 from mmengine.config import Config
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
-from vrwkv.analysis import area_of_share, effective_receptive_field
-from vrwkv.analysis.drawing import picture, table, write_json
+from vrwkv.analysis import area_of_share, effective_receptive_field, input_channels
+from vrwkv.analysis.drawing import picture
 from vrwkv.analysis.models import load_model, read_config
+from vrwkv.analysis.report import markdown_table, write_json
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs/classification'
 DEFAULTS = {
@@ -29,33 +31,68 @@ DEFAULTS = {
     'Causal': f'{CONFIGS}/ablation/vrwkv-tiny_causal_8xb128_in1k.py',
     'ViT': 'mmpretrain::deit/deit-tiny_4xb256_in1k.py',
 }
-SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.webp')
+SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.webp', '.tif', '.tiff')
 
 
-def read_images(folder: Path | None, count: int, size: int, seed: int) -> list[np.ndarray]:
-    """Read square images, RGB of shape (size, size, 3), or cut them out of two photographs.
+def read_images(
+    folder: Path | None, count: int, size: int, seed: int, channels: int
+) -> list[np.ndarray]:
+    """Read square images, or cut them out of scikit-learn's two photographs.
+
+    Args:
+        folder: A folder of images; None for the photographs.
+        count: Number of images.
+        size: Height and width in pixels.
+        seed: Seed of the random crops.
+        channels: Channels of the model. One takes the grey level; three take the colours; others
+            take files with that many channels, and of a photograph its colours and then its grey
+            level.
+
+    Returns:
+        Images of shape ``(size, size, channels)``; colours in the order blue, green, red.
 
     Raises:
-        ValueError: If the folder holds no image, or a file that is none.
+        ValueError: If the folder has no image, or a file cannot be read with that many channels.
     """
     if folder is None:
         from sklearn.datasets import load_sample_images
 
         rng = np.random.default_rng(seed)
         photographs = load_sample_images().images
-        return [_crop(photographs[i % len(photographs)], size, rng) for i in range(count)]
+        crops = [_crop(photographs[i % len(photographs)], size, rng) for i in range(count)]
+        return [_with_channels(crop, channels) for crop in crops]
     paths = sorted(path for path in folder.rglob('*') if path.suffix.lower() in SUFFIXES)
     if not paths:
         raise ValueError(f"no image ({', '.join(SUFFIXES)}) in '{folder}'")
-    images = []
-    # Not the first ones, which may be all of one class.
-    for path in paths[:: max(1, len(paths) // count)][:count]:
-        try:
-            image = Image.open(path).convert('RGB')
-        except (UnidentifiedImageError, OSError) as error:
-            raise ValueError(f"'{path}' cannot be read as an image: {error}") from error
-        images.append(np.array(image.resize((size, size), Image.Resampling.BICUBIC)))
-    return images
+    # Spread over the folder: the first images may all be of one class.
+    chosen = paths[:: max(1, len(paths) // count)][:count]
+    return [_read(path, size, channels) for path in chosen]
+
+
+def _read(path: Path, size: int, channels: int) -> np.ndarray:
+    """Read an image and scale it to a square."""
+    if channels not in (1, 3):
+        pixels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+        if pixels is None:
+            raise ValueError(f"'{path}' cannot be read as an image")
+        found = 1 if pixels.ndim == 2 else pixels.shape[2]
+        if found != channels:
+            raise ValueError(f"'{path}' has {found} channels, the model takes {channels}")
+        return cv2.resize(pixels, (size, size), interpolation=cv2.INTER_AREA)
+    try:
+        image = Image.open(path).convert('RGB' if channels == 3 else 'L')
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"'{path}' cannot be read as an image: {error}") from error
+    pixels = np.array(image.resize((size, size), Image.Resampling.BICUBIC))
+    return pixels[..., ::-1] if channels == 3 else pixels[..., None]
+
+
+def _with_channels(image: np.ndarray, channels: int) -> np.ndarray:
+    """Turn an RGB image into one of any number of channels."""
+    grey = np.array(Image.fromarray(image).convert('L'))[..., None]
+    if channels < 3:
+        return np.repeat(grey, channels, 2)
+    return np.concatenate([image[..., ::-1], *[grey] * (channels - 3)], 2)
 
 
 def _crop(photograph: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
@@ -67,28 +104,27 @@ def _crop(photograph: np.ndarray, size: int, rng: np.random.Generator) -> np.nda
 
 
 def build(cfg: Config, checkpoint: str | None) -> nn.Module:
-    """Build the model with its weights, its backbone returning a feature map."""
+    """Build the model with its weights and a backbone that returns a feature map."""
     if 'out_type' in cfg.model.backbone or cfg.model.backbone.type == 'VisionTransformer':
-        cfg.model.backbone.out_type = 'featmap'  # mmpretrain's ViTs return the class token
+        cfg.model.backbone.out_type = 'featmap'  # not the class token, mmpretrain's default
     return load_model(cfg, checkpoint)
 
 
 def normalised(model: nn.Module, images: list[np.ndarray]) -> Iterator[Tensor]:
-    """Yield images as the model's own preprocessing hands them over, one at a time."""
+    """Yield images, preprocessed by the model, one at a time."""
     for image in images:
-        # As read from a file: BGR, which the preprocessor turns round where its config says so.
-        pixels = torch.from_numpy(image[..., ::-1].copy()).permute(2, 0, 1)
+        pixels = torch.from_numpy(image.copy()).permute(2, 0, 1)
         yield model.data_preprocessor(dict(inputs=[pixels]))['inputs']
 
 
 class Field(NamedTuple):
-    """A receptive field and the facts about it that are printed, as fractions."""
+    """A receptive field and the printed facts about it, as fractions."""
 
     influence: Tensor  #: Of each pixel, of shape (H, W).
     half: float  #: The smallest area that holds half of it.
     most: float  #: The smallest area that holds 90 % of it.
-    above: float  #: What lies above the centre token's own row of patches.
-    below: float  #: What lies below that row.
+    above: float  #: Its share above the row of patches of the centre token.
+    below: float  #: Its share below that row.
 
 
 def measure(model: nn.Module, images: list[np.ndarray]) -> Field:
@@ -110,12 +146,12 @@ def measure(model: nn.Module, images: list[np.ndarray]) -> Field:
 
 
 def draw(fields: dict[str, Field], subtitle: str, out: Path) -> None:
-    """Draw the fields side by side, on one logarithmic scale of their strongest pixels."""
+    """Draw the fields side by side on one logarithmic scale, relative to the strongest pixel."""
     decades = 5
     width = max(3.1 * len(fields) + 0.7, 5)
     with picture(out, 1, len(fields), figsize=(width, 4.3), squeeze=False) as (fig, axes):
         for ax, (name, field) in zip(axes.flat, fields.items(), strict=True):
-            # Means over some pixels: fine speckle says nothing and hides the shape.
+            # Means over some pixels: fine speckle would hide the shape.
             side = max(1, len(field.influence) // 128)
             pooled = nn.functional.avg_pool2d(field.influence[None, None], side)[0, 0]
             level = (pooled / pooled.max()).clamp(min=10.0**-decades).log10()
@@ -174,10 +210,11 @@ def main(argv: list[str] | None = None) -> None:
 
     fields = {}
     try:
-        images = read_images(args.images, args.count, args.size, args.seed)
         for name, config, checkpoint in models:
             torch.manual_seed(args.seed)
             model = build(read_config(config), checkpoint).to(args.device)
+            channels = input_channels(model)
+            images = read_images(args.images, args.count, args.size, args.seed, channels)
             fields[name] = measure(model, images)
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f'Error: {error}')
@@ -185,7 +222,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = [
         (name, *(f'{100 * value:.2f} %' for value in field[1:])) for name, field in fields.items()
     ]
-    print(table(header, rows))
+    print(markdown_table(header, rows))
     subtitle = f'{len(images)} images of {args.size} x {args.size} pixels'
     picture_file = args.out / 'receptive_field.png'
     draw(fields, subtitle, picture_file)

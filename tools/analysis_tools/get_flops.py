@@ -1,4 +1,4 @@
-"""Count parameters and FLOPs of models by their configs, in a table and a picture."""
+"""Count parameters and FLOPs of the models of configs, in a table and a picture."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import torch
 from mmengine.config import Config
 from torch import nn
 
-from vrwkv.analysis import Complexity, complexity
-from vrwkv.analysis.drawing import COLOURS, picture, table, write_json
+from vrwkv.analysis import Complexity, complexity, input_channels
+from vrwkv.analysis.drawing import COLOURS, picture
 from vrwkv.analysis.models import build_model, read_config
+from vrwkv.analysis.report import distinct_names, markdown_table, write_json
 
-# What the paper counts at: pixels, height and width, by library.
+# Height and width of the paper's images in pixels, by library.
 SIZES = {'mmpretrain': (224, 224), 'mmdet': (800, 1344), 'mmseg': (512, 512)}
-# Names in the picture for what tracing calls its operators; the rest is `other`.
+# Names in the picture for the operators of a trace; the others are drawn as `other`.
 KINDS = {
     'linear layers': ('linear', 'addmm', 'matmul', 'mm'),
     'convolutions': ('conv',),
@@ -29,7 +30,7 @@ KINDS = {
 
 
 def prepare(model: nn.Module, scope: str, size: tuple[int, int]) -> nn.Module:
-    """Give a detector, which asks for more than images, a description of its image."""
+    """Give a detector the description of its image, which it needs beside the image."""
     if scope == 'mmdet':
         from mmdet.structures import DetDataSample
 
@@ -40,15 +41,15 @@ def prepare(model: nn.Module, scope: str, size: tuple[int, int]) -> nn.Module:
 
 
 def count(cfg: Config, size: tuple[int, int], backbone_only: bool = False) -> Complexity:
-    """Count what a config's model costs for one image of a size."""
+    """Count parameters and FLOPs of a config's model for one image."""
     model = build_model(cfg, backbone_only)
     if not backbone_only:
         model = prepare(model, cfg.get('default_scope'), size)
-    return complexity(model, torch.zeros(1, 3, *size))
+    return complexity(model, torch.zeros(1, input_channels(model), *size))
 
 
 def draw(results: dict[str, Complexity], out: Path) -> None:
-    """Draw parameters as bars and FLOPs as bars that are stacked by operator."""
+    """Draw parameters as bars, and FLOPs as bars stacked by operator."""
     names = list(results)
     costs = list(results.values())
     kinds = {
@@ -81,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
     """Count from the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        'configs', nargs='+', help='paths, or package::path for configs that a library ships'
+        'configs', nargs='+', help='paths, or package::path for configs of an installed library'
     )
     parser.add_argument(
         '--shape',
@@ -92,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
         "800 1344 for a detector, 512 512 for a segmentor, the paper's)",
     )
     parser.add_argument(
-        '--backbone', action='store_true', help='run the backbone alone, which takes less time'
+        '--backbone', action='store_true', help='count only the backbone, which takes less time'
     )
     parser.add_argument(
         '--out', type=Path, default=Path('work_dirs/flops'), help='folder (default: %(default)s)'
@@ -102,33 +103,33 @@ def main(argv: list[str] | None = None) -> None:
     if shape is not None and (len(shape) > 2 or min(shape) < 1):
         parser.error(f'--shape takes one or two numbers above 0, got {shape}')
 
-    rows, results = [], {}
-    for name in args.configs:
-        try:
+    sizes, costs = [], []
+    try:
+        for name in args.configs:
             cfg = read_config(name)
-            size = SIZES.get(cfg.get('default_scope'), (224, 224))
-            if shape is not None:
-                size = (shape[0], shape[-1])
-            cost = count(cfg, size, args.backbone)
-        except (FileNotFoundError, ValueError) as error:
-            sys.exit(f'Error: {error}')
-        stem = Path(name).stem
-        results[stem if stem not in results else name] = cost
-        numbers = (cost.parameters, cost.backbone_parameters, cost.flops, cost.backbone_flops)
-        rows.append(
-            (
-                stem,
-                f'{size[0]}x{size[1]}',
-                *(f'{n / 1e6:.2f}' for n in numbers[:2]),
-                *(f'{n / 1e9:.2f}' for n in numbers[2:]),
-            )
+            default = SIZES.get(cfg.get('default_scope'), (224, 224))
+            sizes.append(default if shape is None else (shape[0], shape[-1]))
+            costs.append(count(cfg, sizes[-1], args.backbone))
+    except (FileNotFoundError, ValueError) as error:
+        sys.exit(f'Error: {error}')
+    names = distinct_names(args.configs)
+    inputs = [f'{height}x{width}' for height, width in sizes]
+    rows = [
+        (
+            name,
+            size,
+            *(f'{n / 1e6:.2f}' for n in (cost.parameters, cost.backbone_parameters)),
+            *(f'{n / 1e9:.2f}' for n in (cost.flops, cost.backbone_flops)),
         )
+        for name, size, cost in zip(names, inputs, costs, strict=True)
+    ]
     header = ('config', 'input', 'params (M)', 'of backbone', 'FLOPs (G)', 'of backbone')
-    print(table(header, rows))
+    print(markdown_table(header, rows))
+    results = dict(zip(names, costs, strict=True))
     draw(results, args.out / 'flops.png')
     content = {
-        name: cost._asdict() | dict(input=row[1])
-        for (name, cost), row in zip(results.items(), rows, strict=True)
+        name: cost._asdict() | dict(input=size)
+        for (name, cost), size in zip(results.items(), inputs, strict=True)
     }
     write_json(args.out / 'flops.json', dict(models=content))
     print(f'\nFLOPs are multiply-adds. Picture: {args.out / "flops.png"}')

@@ -1,26 +1,28 @@
-"""Measure what an MAE encoder costs at several mask ratios, relative to the dense encoder."""
+"""Measure the cost of an MAE encoder at several mask ratios, relative to the dense encoder."""
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import time
 
 import torch
-from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from mmpretrain.registry import MODELS
 from torch import Tensor, nn
 
 import vrwkv_cls  # noqa: F401
+from vrwkv.analysis import input_channels
+from vrwkv.analysis.measurement import seconds
+from vrwkv.analysis.models import read_config
+from vrwkv.analysis.report import markdown_table
 
 RATIOS = (0.0, 0.5, 0.75, 0.9)
 
 
 def saved_bytes(encoder: nn.Module, images: Tensor) -> int:
-    """Count the bytes that a forward pass keeps for the backward pass, parameters left out.
+    """Count the bytes that a forward pass keeps for the backward pass, without parameters.
 
-    Exact, and the same on every device, unlike what an allocator reports.
+    The count is exact and the same on every device, unlike an allocator's.
     """
     parameters = {p.untyped_storage().data_ptr() for p in encoder.parameters()}
     sizes = {}
@@ -33,19 +35,8 @@ def saved_bytes(encoder: nn.Module, images: Tensor) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         features = encoder(images)[0]
-    del features  # held until here, so that no storage was freed and its address reused
+    del features  # alive until here, so that no storage was freed and its address reused
     return sum(sizes.values())
-
-
-def step_seconds(encoder: nn.Module, images: Tensor) -> float:
-    """Time one forward and backward pass."""
-    if images.is_cuda:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    encoder(images)[0].square().mean().backward()
-    if images.is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def main() -> None:
@@ -57,26 +48,33 @@ def main() -> None:
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     args = parser.parse_args()
 
-    cfg = Config.fromfile(args.config).model.backbone
+    cfg = read_config(args.config).model.backbone
     with DefaultScope.overwrite_default_scope('mmpretrain'), torch.device(args.device):
         encoders = {r: MODELS.build(cfg | dict(mask_ratio=r)).train() for r in RATIOS}
-        images = torch.randn(args.batch_size, 3, cfg.img_size, cfg.img_size)
+        channels = input_channels(encoders[0.0])
+        images = torch.randn(args.batch_size, channels, cfg.img_size, cfg.img_size)
     memory = {r: saved_bytes(encoder, images) for r, encoder in encoders.items()}
-    # Interleaved, so that a change of the machine's load meets all ratios; the first warms up.
-    rounds = [
-        {r: step_seconds(encoder, images) for r, encoder in encoders.items()}
-        for _ in range(args.repeats + 1)
-    ][1:]
 
-    print(f'{args.batch_size} images of {cfg.img_size} pixels on {args.device}, training step')
-    print('| mask | kept | time (s) | time / dense | saved for backward (MB) | memory / dense |')
-    print('|---|---|---|---|---|---|')
-    seconds = {r: statistics.median(times[r] for times in rounds) for r in RATIOS}
-    for r in RATIOS:
-        print(
-            f'| {r:g} | {1 - r:.2f} | {seconds[r]:.3f} | {seconds[r] / seconds[0]:.2f} '
-            f'| {memory[r] / 1e6:.1f} | {memory[r] / memory[0]:.2f} |'
+    def step(encoder: nn.Module) -> float:
+        return seconds(lambda: encoder(images)[0].square().mean().backward(), args.device)
+
+    # Interleaved, so that changes of the machine's load affect all ratios; the first warms up.
+    rounds = [{r: step(e) for r, e in encoders.items()} for _ in range(args.repeats + 1)][1:]
+    times = {r: statistics.median(taken[r] for taken in rounds) for r in RATIOS}
+    rows = [
+        (
+            f'{r:g}',
+            f'{1 - r:.2f}',
+            f'{times[r]:.3f}',
+            f'{times[r] / times[0]:.2f}',
+            f'{memory[r] / 1e6:.1f}',
+            f'{memory[r] / memory[0]:.2f}',
         )
+        for r in RATIOS
+    ]
+    print(f'{args.batch_size} images of {cfg.img_size} pixels on {args.device}, training step')
+    header = ('mask', 'kept', 'time (s)', 'time / dense', 'saved for backward (MB)')
+    print(markdown_table((*header, 'memory / dense'), rows))
 
 
 if __name__ == '__main__':

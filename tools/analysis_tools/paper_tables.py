@@ -1,4 +1,4 @@
-"""Count the models of the paper's tables 1 to 4 and compare with what is printed there."""
+"""Count the models of the paper's tables 1 to 4 and compare with the printed numbers."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import NamedTuple
 from get_flops import count
 from mmengine.config import Config
 
-from vrwkv.analysis.drawing import COLOURS, picture, table, write_json
+from vrwkv.analysis.drawing import COLOURS, picture
 from vrwkv.analysis.models import read_config
+from vrwkv.analysis.report import markdown_table, write_json
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
 TOLERANCE = 0.015
@@ -22,7 +23,7 @@ class Row(NamedTuple):
 
     table: int
     model: str
-    config: str | None  #: Below ``configs/``, or of mmpretrain; None if neither has the model.
+    config: str | None  #: In ``configs/``, or of mmpretrain; None if neither has the model.
     size: tuple[int, int] | None  #: Pixels of the image; None where the paper has no FLOPs.
     parameters: float  #: In millions, as printed.
     flops: float | None  #: In billions, as printed.
@@ -114,12 +115,12 @@ TABLES = {1: _table_1, 2: _table_2, 3: _table_3, 4: _table_4}
 
 
 def tolerance(printed: float) -> float:
-    """Say how far a count may be from what the paper prints with one digit behind the point."""
+    """Return the accepted distance to a printed number with one digit behind the point."""
     return max(TOLERANCE * printed, 0.05)
 
 
 class Comparison(NamedTuple):
-    """A row of the paper beside our counts."""
+    """A row of the paper with our counts."""
 
     row: Row
     parameters: float | None  #: Counted, in millions.
@@ -127,7 +128,7 @@ class Comparison(NamedTuple):
 
     @property
     def differences(self) -> tuple[float | None, float | None]:
-        """How far our parameters and FLOPs are off, as fractions of the paper's."""
+        """Differences of parameters and FLOPs, as fractions of the paper's numbers."""
         pairs = ((self.parameters, self.row.parameters), (self.flops, self.row.flops))
         return tuple(
             None if ours is None or theirs is None else ours / theirs - 1 for ours, theirs in pairs
@@ -135,7 +136,7 @@ class Comparison(NamedTuple):
 
     @property
     def agrees(self) -> bool | None:
-        """Whether both are within 1.5 % or half a unit of the last digit of the paper's."""
+        """Whether both counts are within 1.5 % or half a unit of the paper's last digit."""
         if self.parameters is None:
             return None
         pairs = [(self.parameters, self.row.parameters)]
@@ -144,14 +145,10 @@ class Comparison(NamedTuple):
         return all(abs(a - b) <= tolerance(b) for a, b in pairs)
 
 
-def path_of(row: Row) -> Path:
-    """Say where a config of ours lies."""
-    return CONFIGS / f'{row.config}.py'
-
-
 def read_row_config(row: Row) -> Config:
     """Read the config of a row."""
-    return read_config(row.config if '::' in row.config else str(path_of(row)))
+    name = row.config
+    return read_config(name if '::' in name else str(CONFIGS / f'{name}.py'))
 
 
 def compare(row: Row) -> Comparison:
@@ -164,7 +161,7 @@ def compare(row: Row) -> Comparison:
 
 
 def cells(result: Comparison) -> tuple[str | None, ...]:
-    """Write a comparison as a row of the printed table."""
+    """Format a comparison as a row of the printed table."""
     row = result.row
     numbers = []
     for paper, ours, off in zip(
@@ -196,10 +193,10 @@ HEADER = (
 
 
 def draw(results: Sequence[Comparison], out: Path) -> None:
-    """Draw how far our counts are off, as dots around zero."""
+    """Draw the differences of our counts as dots around zero."""
     results = [r for r in results if r.parameters is not None]
     names = [f'table {r.row.table}: {r.row.model}' for r in results]
-    # Of the smaller number, which is rounded more.
+    # The tolerance of the smaller number, which is rounded more coarsely.
     smaller = [min(r.row.parameters, r.row.flops or r.row.parameters) for r in results]
     widths = [200 * tolerance(number) / number for number in smaller]
     with picture(out, figsize=(9, 1.4 + 0.22 * len(names))) as (fig, axes):
@@ -232,7 +229,7 @@ def main(argv: list[str] | None = None) -> None:
         for row in TABLES[number]():
             print(f'table {number}: {row.model}', end='\r', flush=True)
             results.append(compare(row))
-    print(table(HEADER, [cells(result) for result in results]))
+    print(markdown_table(HEADER, [cells(result) for result in results]))
     draw(results, args.out / 'paper_tables.png')
     content = [result.row._asdict() | dict(counted=result[1:]) for result in results]
     write_json(args.out / 'paper_tables.json', dict(rows=content))

@@ -1,4 +1,4 @@
-"""Test classifiers at several resolutions, as the paper's figure 4 does: a table and a plot."""
+"""Test classifiers at several resolutions, as in the paper's figure 4: a table and a plot."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from pathlib import Path
 
 from mmengine.config import Config, ConfigDict, DictAction
 
-from vrwkv.analysis.drawing import COLOURS, MARKERS, picture, table, write_json
+from vrwkv.analysis.drawing import COLOURS, MARKERS, picture
 from vrwkv.analysis.models import read_config
+from vrwkv.analysis.report import distinct_names, markdown_table, write_json
 from vrwkv.engine import CheckpointError, cli
 
 SIZES = (224, 256, 288, 320, 384, 448, 512, 640, 768, 1024)
-# What gives an image its size, and the setting that says which.
+# Transforms that set the size of an image, and their argument for it.
 RESIZING = {
     'Resize': 'scale',
     'ResizeEdge': 'scale',
@@ -25,10 +26,10 @@ RESIZING = {
 
 
 def scale_pipeline(pipeline: list[dict], size: int) -> list[dict]:
-    """Make a test pipeline produce square images of another size.
+    """Change a test pipeline so that it produces square images of another size.
 
     Resizing and cropping keep their ratio: a resize to 256 and a crop of 224 become 512 and 448. A
-    pipeline that takes images as they are gets a resize after the loading.
+    pipeline without either gets a resize after the loading.
 
     Args:
         pipeline: Transforms of mmpretrain.
@@ -38,7 +39,7 @@ def scale_pipeline(pipeline: list[dict], size: int) -> list[dict]:
         The new pipeline.
 
     Raises:
-        ValueError: If a size in the pipeline is not one number, or a square.
+        ValueError: If a size in the pipeline is neither one number nor a square.
     """
     pipeline = copy.deepcopy(pipeline)
     resizing = [step for step in pipeline if step['type'] in RESIZING]
@@ -52,7 +53,7 @@ def scale_pipeline(pipeline: list[dict], size: int) -> list[dict]:
 
 
 def _side(step: dict) -> int:
-    """Read the one number that a resizing or cropping is given."""
+    """Read the side of the square that a transform resizes or crops to."""
     value = step.get(RESIZING[step['type']])
     sides = set(value) if isinstance(value, (tuple, list)) else {value}
     if len(sides) != 1 or not all(isinstance(side, int) and side > 0 for side in sides):
@@ -76,12 +77,12 @@ def evaluate(cfg: Config, checkpoint: str, size: int, work_dir: str) -> float:
     cli.complete_loaders(cfg)
     metrics = cli.build_runner(cfg).test()
     if 'accuracy/top1' not in metrics:
-        raise ValueError(f'the test gave {sorted(metrics)}, and no accuracy/top1 to compare')
+        raise ValueError(f'the test gave {sorted(metrics)}, expected accuracy/top1 among them')
     return metrics['accuracy/top1']
 
 
 def draw(sizes: list[int], results: dict[str, list[float]], out: Path) -> None:
-    """Draw accuracy over resolution, one line for each model."""
+    """Draw accuracy over resolution, a line for each model."""
     with picture(out, figsize=(7.5, 4.8)) as (_, axes):
         for (name, accuracies), colour, marker in zip(
             results.items(), COLOURS[1:], MARKERS[1:], strict=False
@@ -90,6 +91,14 @@ def draw(sizes: list[int], results: dict[str, list[float]], out: Path) -> None:
         axes.set(xlabel='test resolution (pixels)', ylabel='top-1 accuracy (%)')
         axes.set_xticks(sizes, sizes, rotation=45 if len(sizes) > 8 else 0)
         axes.legend(loc='best')
+
+
+def name_models(models: list[str]) -> list[str]:
+    """Name models by their configs or, where several share a config, by their checkpoints."""
+    configs, checkpoints = models[::2], distinct_names(models[1::2])
+    if len(set(configs)) == len(configs):
+        return distinct_names(configs)
+    return [f'{Path(c).stem}, {name}' for c, name in zip(configs, checkpoints, strict=True)]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -121,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
     if len(args.models) > 2 * (len(COLOURS) - 1):
         parser.error(f'at most {len(COLOURS) - 1} models fit into a plot')
 
-    sizes, results = sorted(set(args.sizes)), {}
+    sizes, accuracies = sorted(set(args.sizes)), []
     try:
         for config, checkpoint in zip(args.models[::2], args.models[1::2], strict=True):
             cfg = read_config(config)
@@ -131,15 +140,13 @@ def main(argv: list[str] | None = None) -> None:
                 cfg.merge_from_dict(args.cfg_options)
             if args.batch_size:
                 cfg.test_dataloader.batch_size = args.batch_size
-            name = Path(config).stem
-            if name in results:
-                name = f'{name}, {Path(checkpoint).parent.name}'
             with tempfile.TemporaryDirectory() as work_dir:
-                results[name] = [evaluate(cfg, checkpoint, size, work_dir) for size in sizes]
+                accuracies.append([evaluate(cfg, checkpoint, n, work_dir) for n in sizes])
     except (FileNotFoundError, ValueError, CheckpointError) as error:
         sys.exit(f'Error: {error}')
+    results = dict(zip(name_models(args.models), accuracies, strict=True))
     rows = [(name, *(f'{value:.2f}' for value in values)) for name, values in results.items()]
-    print(table(('top-1 (%) at', *map(str, sizes)), rows))
+    print(markdown_table(('top-1 (%) at', *map(str, sizes)), rows))
     out = args.out / 'resolution_accuracy.png'
     draw(sizes, results, out)
     write_json(out.with_suffix('.json'), dict(sizes=sizes, top1=results, models=args.models))

@@ -1,45 +1,61 @@
-"""Draw class-activation maps with mmpretrain's own tool, which this finds and runs.
+"""Draw class-activation maps with mmpretrain's own tool.
 
-``vis_cam.py IMAGE CONFIG CHECKPOINT --vit-like --save-path OUT.png`` is what a VRWKV needs: its
-features are tokens, and the default target layer is its final norm. All other options are
-mmpretrain's: see ``--help``.
+Use ``vis_cam.py IMAGE CONFIG CHECKPOINT --vit-like --save-path OUT.png`` for a VRWKV: its features
+are tokens, and the default target layer is its final norm. All other options are mmpretrain's: see
+``--help``.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import runpy
 import sys
 from pathlib import Path
 
 import mmpretrain
+import numpy as np
 
-# Newer ones have dropped an argument that mmpretrain's tool passes.
+# Newer versions have dropped an argument that mmpretrain's tool passes.
 REQUIREMENT = 'grad-cam==1.4.8'
 
 
 def find_tool() -> Path:
-    """Say where mmpretrain's tool lies.
+    """Return the path of mmpretrain's tool.
 
     Raises:
-        FileNotFoundError: If this mmpretrain brings none.
+        FileNotFoundError: If this mmpretrain does not contain it.
     """
     tool = Path(mmpretrain.__file__).parent / '.mim/tools/visualization/vis_cam.py'
     if not tool.is_file():
-        raise FileNotFoundError(f'mmpretrain {mmpretrain.__version__} brings no {tool}')
+        raise FileNotFoundError(f'mmpretrain {mmpretrain.__version__} does not contain {tool}')
     return tool
+
+
+def show_in_colour() -> None:
+    """Let grad-cam draw on images of other than three channels.
+
+    It adds a map of three colours to the image. Of more than three channels, the first three are
+    the colours; of two, the first is the grey level.
+    """
+    image_module = importlib.import_module('pytorch_grad_cam.utils.image')
+    show = image_module.show_cam_on_image
+
+    def show_cam_on_image(image: np.ndarray, *args, **kwargs) -> np.ndarray:
+        image = image[..., :3] if image.shape[-1] > 2 else image[..., :1].repeat(3, -1)
+        return show(image, *args, **kwargs)
+
+    image_module.show_cam_on_image = show_cam_on_image
 
 
 def main() -> None:
     """Run mmpretrain's tool with this process's arguments."""
-    version = None
     try:
         version = importlib.metadata.version('grad-cam')
     except importlib.metadata.PackageNotFoundError:
-        found = 'is not installed'
-    else:
-        found = f'is {version}'
+        version = None
     if version is None or tuple(map(int, version.split('.')[:2])) >= (1, 5):
+        found = 'is not installed' if version is None else f'is {version}'
         sys.exit(
             f'Error: mmpretrain draws class-activation maps with grad-cam below 1.5, which {found}'
             f": pip install --no-deps '{REQUIREMENT}' ttach (its other dependencies are there)"
@@ -48,6 +64,7 @@ def main() -> None:
         tool = str(find_tool())
     except FileNotFoundError as error:
         sys.exit(f'Error: {error}')
+    show_in_colour()
     sys.argv[0] = tool
     runpy.run_path(tool, run_name='__main__')
 

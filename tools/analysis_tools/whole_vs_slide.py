@@ -1,73 +1,50 @@
-"""Measure time and peak memory of segmenting an image whole, and in windows that slide over it.
+"""Measure time and peak memory of segmenting an image whole and in sliding windows.
 
-Memory on a CPU is read as Linux reports it. Weights are random: neither depends on them.
+Weights are random: neither time nor memory depends on them.
 """
 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import re
-import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
 from mmseg.structures import SegDataSample
-from torch import nn
 
+from vrwkv.analysis import input_channels
+from vrwkv.analysis.measurement import memory_in_use, peak_memory, run_in_new_process, seconds
 from vrwkv.analysis.models import build_model, read_config
+from vrwkv.analysis.report import markdown_table
 
-GIB = 2**30
 MODES = ('whole', 'slide')
-
-
-def used_bytes(device: str, peak: bool) -> int:
-    """Read the memory of this process, or what it allocated on its GPU: now, or at its peak."""
-    if device.startswith('cuda'):
-        return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
-    # Unlike getrusage, which starts from the peak of the process that started this one.
-    name = 'VmHWM' if peak else 'VmRSS'
-    status = Path('/proc/self/status').read_text()
-    return int(re.search(rf'{name}:\s+(\d+) kB', status)[1]) * 1024
-
-
-def seconds(model: nn.Module, data: dict, device: str) -> float:
-    """Time one prediction."""
-    if device.startswith('cuda'):
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    with torch.inference_mode():
-        model.test_step(data)
-    if device.startswith('cuda'):
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def measure(
     config: str, mode: str, size: tuple[int, int], device: str, repeats: int, threads: int
 ) -> tuple[float, int]:
-    """Measure one model and mode; called in a new process, since a peak never falls.
+    """Measure one model in one mode.
 
     Args:
         config: The config of a segmentor.
         mode: ``'whole'``, or ``'slide'`` with the windows of the config.
         size: Height and width of the image in pixels.
-        device: Where to run.
-        repeats: How often to run; the fastest counts.
+        device: The device.
+        repeats: Number of runs; the fastest counts.
         threads: Threads on a CPU.
 
     Returns:
-        The time in seconds and the peak of memory in bytes, over that of the model and the image.
+        The time in seconds, and the peak of memory minus that of model and image, in bytes.
     """
     torch.set_num_threads(threads)
     model = build_model(read_config(config)).to(device)
     model.test_cfg.mode = mode
     sample = SegDataSample(metainfo=dict(ori_shape=size, img_shape=size))
-    data = dict(inputs=[torch.zeros(3, *size, dtype=torch.uint8)], data_samples=[sample])
-    before = used_bytes(device, peak=False)
-    times = [seconds(model, data, device) for _ in range(repeats)]
-    return min(times), used_bytes(device, peak=True) - before
+    image = torch.zeros(input_channels(model), *size, dtype=torch.uint8)
+    data = dict(inputs=[image], data_samples=[sample])
+    before = memory_in_use(device)
+    with torch.inference_mode():
+        times = [seconds(lambda: model.test_step(data), device) for _ in range(repeats)]
+    return min(times), peak_memory(device) - before
 
 
 def main() -> None:
@@ -78,9 +55,7 @@ def main() -> None:
         '--size', nargs=2, type=int, default=(1024, 2048), metavar=('HEIGHT', 'WIDTH'),
         help='of the image in pixels (default: %(default)s)',
     )  # fmt: skip
-    parser.add_argument(
-        '--modes', nargs='+', default=('whole', 'slide'), choices=('whole', 'slide')
-    )
+    parser.add_argument('--modes', nargs='+', default=MODES, choices=MODES)
     parser.add_argument('--repeats', type=int, default=1, help='default: %(default)s')
     parser.add_argument('--threads', type=int, default=torch.get_num_threads())
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
@@ -90,17 +65,14 @@ def main() -> None:
     print(
         f'An image of {args.size[1]} x {args.size[0]} pixels on {where}, torch {torch.__version__}'
     )
-    print('| config | mode | time (s) | peak memory (GiB) |')
-    print('|---|---|---|---|')
-    spawn = multiprocessing.get_context('spawn')
+    rows = []
     for config in args.configs:
         for mode in args.modes:
-            with ProcessPoolExecutor(1, spawn) as pool:
-                time_taken, memory = pool.submit(
-                    measure, config, mode, tuple(args.size), args.device, args.repeats, args.threads
-                ).result()
-            name = Path(config).stem
-            print(f'| {name} | {mode} | {time_taken:.1f} | {memory / GIB:.2f} |', flush=True)
+            time_taken, memory = run_in_new_process(
+                measure, config, mode, tuple(args.size), args.device, args.repeats, args.threads
+            )
+            rows.append((Path(config).stem, mode, f'{time_taken:.1f}', f'{memory / 2**30:.2f}'))
+    print(markdown_table(('config', 'mode', 'time (s)', 'peak memory (GiB)'), rows))
 
 
 if __name__ == '__main__':

@@ -1,15 +1,17 @@
-"""Analysis of the models: FLOPs and receptive fields.
+"""Analysis of models: FLOPs and receptive fields; the tables and pictures of the analysis tools.
 
-:mod:`.drawing`, which the tools draw with, needs matplotlib and is imported by itself.
+Importing this package changes nothing in mmengine; :func:`register_flop_handlers` does.
+:mod:`.drawing` needs matplotlib and is imported separately.
 """
 
-from .flops import Complexity, FlopAnalyzer, complexity
+from .flops import Complexity, complexity, input_channels, register_flop_handlers
 from .receptive_field import area_of_share, effective_receptive_field
 
 __all__ = [
     'Complexity',
-    'FlopAnalyzer',
     'area_of_share',
     'complexity',
     'effective_receptive_field',
+    'input_channels',
+    'register_flop_handlers',
 ]

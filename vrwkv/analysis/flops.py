@@ -1,9 +1,7 @@
-"""FLOP counts, which are counts of multiply-adds, as in the paper.
+"""FLOP counts in multiply-adds, as in the paper; within 1.5 % of the paper's numbers.
 
-Importing this module, which :mod:`vrwkv.backbones` does, teaches mmengine's analysis the operators
-of this project's models: its ``FlopAnalyzer`` and ``get_model_complexity_info``, and the
-``get_flops.py`` of mmpretrain, mmdet and mmseg, then count them. Counts are within 1.5 % of the
-paper's.
+:func:`complexity` counts a model. :func:`register_flop_handlers` lets mmengine's own analysis count
+the operators of this project, too.
 """
 
 from __future__ import annotations
@@ -21,9 +19,9 @@ from mmengine.analysis.jit_handles import (
 )
 from torch import Tensor, nn
 
-# What upstream counts per token and channel for Bi-WKV and its gate.
+# Upstream's count per token and channel for Bi-WKV and its gate.
 BI_WKV_FLOPS = 29
-# What mmengine counts per value that grid_sample returns, which mmcv samples with on a CPU.
+# mmengine's count per output value of grid_sample, with which mmcv samples on a CPU.
 BILINEAR_FLOPS = 4
 
 
@@ -55,7 +53,7 @@ def attention_flops(inputs: list[Any], outputs: list[Any]) -> int:
 
 
 def deformable_attention_flops(inputs: list[Any], outputs: list[Any]) -> int:
-    """Count the sampling of mmcv's kernel for GPUs as its PyTorch path for CPUs is counted.
+    """Count the sampling of mmcv's CUDA kernel like its PyTorch function for CPUs.
 
     Args:
         inputs: Tensors of a traced ``MultiScaleDeformableAttnFunction``: values of shape ``(B, S,
@@ -69,52 +67,73 @@ def deformable_attention_flops(inputs: list[Any], outputs: list[Any]) -> int:
     return BILINEAR_FLOPS * prod(get_shape(inputs[4])) * get_shape(inputs[0])[-1]
 
 
-#: FLOP handlers by operator. Shifts and the mix of two tokens are elementwise, which mmengine does
-#: not count anywhere.
+#: FLOP handlers by operator. Shifts and the mix of two tokens are elementwise; mmengine does not
+#: count elementwise operators.
 FLOP_HANDLERS: dict[str, Handle] = {
     'vrwkv_ops::bi_wkv_forward': bi_wkv_flops,
     'vrwkv_ops::q_shift': elementwise_flop_counter(0, 0),
     'vrwkv_ops::token_shift': elementwise_flop_counter(0, 0),
     'vrwkv_ops::squared_relu': elementwise_flop_counter(0, 0),
-    # Bi-WKV's count has its gate in it; upstream does not count that of the channel mix.
+    # Bi-WKV's count includes its gate; upstream does not count the gate of the channel mix.
     'vrwkv_ops::sigmoid_gate': elementwise_flop_counter(0, 0),
     'aten::scaled_dot_product_attention': attention_flops,
     'prim::PythonOp.MultiScaleDeformableAttnFunction': deformable_attention_flops,
 }
-#: Handlers that count the results of products and of what stands for them.
+#: Activation handlers by operator: the number of output values.
 ACTIVATION_HANDLERS: dict[str, Handle] = {
     'vrwkv_ops::bi_wkv_forward': generic_activation_jit(),
     'aten::scaled_dot_product_attention': generic_activation_jit(),
 }
-# mmengine has no public registry, only a handler at a time on an analyzer that one made oneself.
-complexity_analysis._DEFAULT_SUPPORTED_FLOP_OPS.update(FLOP_HANDLERS)
-complexity_analysis._DEFAULT_SUPPORTED_ACT_OPS.update(ACTIVATION_HANDLERS)
+
+
+def register_flop_handlers() -> None:
+    """Let mmengine's analysis count the operators of this project, in all models of this process.
+
+    Its ``FlopAnalyzer``, ``ActivationAnalyzer`` and ``get_model_complexity_info`` then count them,
+    and so do the ``get_flops.py`` of mmpretrain, mmdet and mmseg. ``vrwkv_cls``, ``vrwkv_det`` and
+    ``vrwkv_seg`` call this function when they are imported.
+    """
+    # mmengine has no public registry: handlers are otherwise set on one analyzer at a time.
+    complexity_analysis._DEFAULT_SUPPORTED_FLOP_OPS.update(FLOP_HANDLERS)
+    complexity_analysis._DEFAULT_SUPPORTED_ACT_OPS.update(ACTIVATION_HANDLERS)
 
 
 class Complexity(NamedTuple):
-    """What a model costs."""
+    """Parameters and FLOPs of a model."""
 
     parameters: int  #: Of the whole model.
     flops: int  #: Of the whole model, in multiply-adds.
-    backbone_parameters: int  #: Of its ``backbone``, or of all where it has none.
+    backbone_parameters: int  #: Of its ``backbone``; of the whole model if it has none.
     backbone_flops: int  #: Likewise.
     operators: dict[str, int]  #: FLOPs of the whole model by operator, the largest first.
 
 
-def complexity(model: nn.Module, inputs: Tensor | tuple[Tensor, ...]) -> Complexity:
-    """Count parameters and FLOPs of one forward pass.
+def input_channels(model: nn.Module) -> int:
+    """Return the number of image channels of a model: those of its backbone's first convolution.
 
-    The pass is run, and traced, once.
+    Args:
+        model: A backbone, or a model with a ``backbone``.
+
+    Returns:
+        The number of channels; 3 for a model without a convolution.
+    """
+    backbone = getattr(model, 'backbone', None)
+    modules = (backbone if isinstance(backbone, nn.Module) else model).modules()
+    return next((m.in_channels for m in modules if isinstance(m, nn.Conv2d)), 3)
+
+
+def complexity(model: nn.Module, inputs: Tensor | tuple[Tensor, ...]) -> Complexity:
+    """Count parameters and FLOPs by tracing one forward pass.
 
     Args:
         model: The model. It is put into evaluation mode.
-        inputs: What to call it with: images of shape ``(B, 3, H, W)`` for a backbone.
+        inputs: Arguments of the model: images of shape ``(B, in_channels, H, W)`` for a backbone.
 
     Returns:
         The counts, for all images of the batch together.
     """
     model.eval()
-    analyzer = FlopAnalyzer(model, inputs)
+    analyzer = FlopAnalyzer(model, inputs).set_op_handle(**FLOP_HANDLERS)
     analyzer.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     with torch.no_grad():
         operators = dict(analyzer.by_operator().most_common())

@@ -1,4 +1,4 @@
-"""Models for the analysis tools, from the configs of any of the libraries."""
+"""Models for the analysis tools, built from the configs of any task or library."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def read_config(name: str) -> Config:
     """Read a config.
 
     Args:
-        name: Its path, or ``package::path`` for one that a library ships, such as
+        name: Its path, or ``package::path`` for a config of an installed library, such as
             ``mmpretrain::deit/deit-tiny_4xb256_in1k.py``.
 
     Returns:
@@ -30,24 +30,24 @@ def read_config(name: str) -> Config:
 
     Raises:
         FileNotFoundError: If there is no such file, or no such library.
-        ValueError: If it is no config of a model.
+        ValueError: If the config has no model.
     """
     path = _shipped(name) if '::' in name else Path(name)
     if not path.is_file():
         raise FileNotFoundError(
-            f"config '{name}' does not exist (looked for {path.absolute()}). One that a library "
-            'ships is named like mmpretrain::deit/deit-tiny_4xb256_in1k.py'
+            f"config '{name}' does not exist (looked for {path.absolute()}). Name a config of a "
+            'library like mmpretrain::deit/deit-tiny_4xb256_in1k.py'
         )
     cfg = Config.fromfile(path)
     if 'model' not in cfg:
-        raise ValueError(f"'{name}' has no model: expected the config of one")
+        raise ValueError(f"'{name}' has no model: expected the config of a model")
     return cfg
 
 
 def _shipped(name: str) -> Path:
-    """Find a config that an installed library ships.
+    """Find a config of an installed library.
 
-    mmengine's ``get_config`` does so, too, but reads the library's whole model index each time.
+    mmengine's ``get_config`` also finds it, but reads the library's whole model index each time.
     """
     package, _, path = name.partition('::')
     spec = find_spec(package)
@@ -57,23 +57,23 @@ def _shipped(name: str) -> Path:
 
 
 def build_model(cfg: Config, backbone_only: bool = False) -> nn.Module:
-    """Build a config's model as it is before any weights are loaded, for one process.
+    """Build a config's model for one process, without loading weights.
 
     Args:
         cfg: The config.
-        backbone_only: Whether to build its ``backbone`` alone.
+        backbone_only: Whether to build only its ``backbone``.
 
     Returns:
-        The model, in evaluation mode. Its ``SyncBN`` layers are plain ones, which a CPU can run.
+        The model, in evaluation mode, with ``BatchNorm`` in place of ``SyncBN``.
 
     Raises:
-        ValueError: If there is no backbone to build alone.
+        ValueError: If the model has no backbone.
     """
     scope = cfg.get('default_scope', 'mmengine')
     arguments = dict(cfg.model)
     if backbone_only:
         if 'backbone' not in arguments:
-            raise ValueError(f'the model, a {arguments.get("type")}, has no backbone of its own')
+            raise ValueError(f'the model, a {arguments.get("type")}, has no backbone')
         arguments = arguments['backbone']
     elif scope == 'mmpretrain' and 'data_preprocessor' in cfg:
         arguments.setdefault('data_preprocessor', cfg.data_preprocessor)
@@ -84,12 +84,12 @@ def build_model(cfg: Config, backbone_only: bool = False) -> nn.Module:
 
 
 def load_model(cfg: Config, checkpoint: str | None = None) -> nn.Module:
-    """Build a config's model with weights, random ones unless a checkpoint is given.
+    """Build a config's model with the weights of a checkpoint, or with random weights.
 
     Args:
         cfg: The config.
-        checkpoint: File or URL of weights, all of which must fit. None draws random ones, as a
-            training would start from, save that ``Pretrained`` ones are not looked for.
+        checkpoint: File or URL of weights, which must all fit. None initialises the model as a
+            training does, but without loading ``Pretrained`` weights.
 
     Returns:
         The model, in evaluation mode.
@@ -109,7 +109,7 @@ def load_model(cfg: Config, checkpoint: str | None = None) -> nn.Module:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep mmengine from logging how it builds a model and draws each of its weights."""
+    """Suppress mmengine's logs of building and initialising a model."""
     logger = MMLogger.get_current_instance()
     level = logger.level
     logger.setLevel(logging.WARNING)

@@ -11,21 +11,21 @@ from torch import Tensor
 def effective_receptive_field(
     model: Callable[[Tensor], Tensor | tuple[Tensor, ...]], images: Iterable[Tensor]
 ) -> Tensor:
-    """Measure how much each pixel moves the token in the centre of the last feature map.
+    """Measure the influence of each pixel on the central token of the last feature map.
 
-    As `Ding et al. (2022) <https://arxiv.org/abs/2203.06717>`_ do: the gradient of the positive
-    channels of that token with respect to the image, its positive part summed over the colours
-    and averaged over images.
+    This is the measure of `Ding et al. (2022) <https://arxiv.org/abs/2203.06717>`_: the gradient of
+    the sum of the token's positive channels with respect to the image; its positive part is summed
+    over the channels of the image and averaged over images.
 
     Args:
-        model: Takes images to a map of shape ``(B, C, h, w)``, or a tuple with one as its last.
-        images: Batches of shape ``(B, 3, H, W)``, all of the same height and width.
+        model: Maps images to features of shape ``(B, C, h, w)``, or to a tuple that ends in them.
+        images: Batches of shape ``(B, in_channels, H, W)``, all of the same height and width.
 
     Returns:
-        The field, of shape ``(H, W)``, scaled to sum to 1.
+        The field, float64 of shape ``(H, W)``, scaled to sum to 1.
 
     Raises:
-        ValueError: If there is no image, the model returns no map, or no pixel has an influence.
+        ValueError: If there is no image or no feature map, or no pixel has influence.
     """
     total, count = 0.0, 0
     for batch in images:
@@ -51,14 +51,14 @@ def effective_receptive_field(
 
 
 def area_of_share(field: Tensor, share: float) -> float:
-    """Say how small an area holds a share of a receptive field.
+    """Compute the smallest area that holds a share of a receptive field.
 
     Args:
         field: The field, of shape ``(H, W)`` and not negative.
         share: The share, in (0, 1].
 
     Returns:
-        The number of pixels, the strongest first, that together hold it, as a fraction of all.
+        The number of strongest pixels that together hold the share, as a fraction of all pixels.
 
     Raises:
         ValueError: If ``share`` lies outside (0, 1].
@@ -66,6 +66,6 @@ def area_of_share(field: Tensor, share: float) -> float:
     if not 0 < share <= 1:
         raise ValueError(f'share must lie in (0, 1], got {share}')
     ordered = field.double().flatten().sort(descending=True).values.cumsum(0)
-    # Rounding must not ask for pixels without any influence.
+    # The tolerance keeps rounding from adding pixels without influence.
     needed = int((ordered < share * ordered[-1] * (1 - 1e-12)).sum()) + 1
     return min(needed, len(ordered)) / len(ordered)

@@ -5,7 +5,6 @@ The adapters need mmcv with its compiled operators, so they are imported when fi
 
 from importlib import import_module
 
-from .. import analysis  # noqa: F401 (mmengine's analysis then counts our operators)
 from .vit import ViT
 from .vrwkv import VRWKV
 
