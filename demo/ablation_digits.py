@@ -1,13 +1,12 @@
-"""Train the five models of the paper's ablation (table 5), small, on digits, and compare them.
+"""Train small versions of the five models of the paper's ablation (table 5) on digits.
 
-The digits lie at random places, so that a model must put one together from some 20 of its 64 tokens
-wherever it lies. What is already done is not done again, and an interrupted training goes on from
-its last checkpoint.
+The digits lie at random places, so a model must combine some 20 of its 64 tokens anywhere in the
+image. Finished trainings are not repeated, and an interrupted one continues from its last
+checkpoint.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import statistics
@@ -16,24 +15,25 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from digits_demo import ROOT, test, train, write_config
+from demo_tools import ROOT, make_parser, measure, train, write_config
 from mmengine.config import Config
 from PIL import Image
 
-from vrwkv.analysis.drawing import COLOURS, picture, table, write_json
+from vrwkv.analysis.drawing import COLOURS, picture
+from vrwkv.analysis.report import markdown_table, write_json
 from vrwkv_cls.datasets import write_digits
 
 CONFIGS = ROOT / 'configs/classification'
 CONFIG = CONFIGS / 'ablation/vrwkv-nano_1xb64-8e_scattered-digits.py'
 CANVAS = 48  # pixels
 SIDES = (24, 32)  # pixels; the smallest and the largest digit
-PLACES = dict(train=2, val=3)  # how often each digit is placed
+PLACES = dict(train=2, val=3)  # images of each digit
 
 
 class Variant(NamedTuple):
     """A row of the paper's table 5."""
 
-    config: str  #: Its ImageNet config, below ``configs/classification``.
+    config: str  #: Its ImageNet config in ``configs/classification``.
     shift: str
     bidirectional: bool
     paper: float  #: The paper's top-1 accuracy on ImageNet-1K.
@@ -50,17 +50,17 @@ FULL = 'VRWKV'
 
 
 def scatter(digits: Path, out: Path) -> Path:
-    """Write every digit of a folder at random places and sizes on black, always the same ones.
+    """Write every digit of a folder at random, but reproducible, places and sizes on black.
 
     Args:
         digits: Folder ``{train,val}/<digit>/*.png``.
-        out: The folder to write likewise; it appears whole or not at all.
+        out: The folder to write, in the same layout; it is created completely or not at all.
 
     Returns:
         ``out``.
 
     Raises:
-        FileExistsError: If ``out`` exists and does not hold them, whole.
+        FileExistsError: If ``out`` exists and does not contain all of them.
     """
     sources = {split: sorted((digits / split).glob('*/*.png')) for split in PLACES}
     if out.exists():
@@ -90,7 +90,7 @@ def scatter(digits: Path, out: Path) -> Path:
 
 
 def settings(name: str) -> dict:
-    """Read off its ImageNet config what makes a variant, as options for the small config."""
+    """Return the settings of a variant's ImageNet config, as options for the small config."""
     backbone = Config.fromfile(CONFIGS / f'{VARIANTS[name].config}.py').model.backbone
     return {
         f'model.backbone.{key}': backbone[key]
@@ -99,18 +99,18 @@ def settings(name: str) -> dict:
     }
 
 
-def fit(name: str, seed: int, work_dir: Path, options: dict) -> float:
+def fit(name: str, seed: int, work_dir: Path, options: dict, verbose: bool) -> float:
     """Train a variant with a seed, unless that is done, and return its accuracy in percent."""
     run = f'{name.lower().replace(" ", "-")}-seed{seed}'
     changes = settings(name) | {'randomness.seed': seed} | options
     config = write_config(CONFIG, work_dir / f'configs/{run}.py', changes)
-    checkpoint = train(config, work_dir / run)
+    checkpoint = train(config, work_dir / run, verbose)
     accuracy = validated(work_dir / run)
-    return test(config, checkpoint) if accuracy is None else accuracy
+    return measure(config, checkpoint, verbose)['accuracy/top1'] if accuracy is None else accuracy
 
 
 def validated(work_dir: Path) -> float | None:
-    """Read the accuracy that a training ended with; None if it was killed before that."""
+    """Read the last accuracy of a training; None if it was killed before that."""
     for log in sorted(work_dir.glob('2*/vis_data/scalars.json'), reverse=True):  # by date
         for line in reversed(log.read_text().splitlines()):
             if 'accuracy/top1' in (entry := json.loads(line)):
@@ -119,7 +119,7 @@ def validated(work_dir: Path) -> float | None:
 
 
 def rows(results: dict[str, list[float]]) -> list[tuple[str, ...]]:
-    """Write accuracies by variant and seed as rows of the printed table."""
+    """Format accuracies by variant and seed as rows of the printed table."""
     lines = []
     for name, accuracies in results.items():
         variant = VARIANTS[name]
@@ -140,13 +140,13 @@ def rows(results: dict[str, list[float]]) -> list[tuple[str, ...]]:
 
 
 def spread(values: Sequence[float]) -> str:
-    """Write a mean, with the standard deviation where there are several values."""
+    """Format a mean, with the standard deviation of several values."""
     mean = f'{statistics.mean(values):.2f}'
     return f'{mean} ± {statistics.stdev(values):.2f}' if len(values) > 1 else mean
 
 
 def draw(results: dict[str, list[float]], out: Path) -> None:
-    """Draw every run's accuracy and the means, beside the paper's."""
+    """Draw the accuracy of every run and the means, with the paper's."""
     names = list(results)
     rows = range(len(names))
     means = [statistics.mean(results[name]) for name in names]
@@ -174,7 +174,7 @@ def draw(results: dict[str, list[float]], out: Path) -> None:
             for name, variant in VARIANTS.items()
         ]
         ours.set_yticks(rows, labels)
-        fig.suptitle('What token shift and bidirectional attention bring', fontsize=13)
+        fig.suptitle('The effect of token shift and bidirectional attention', fontsize=13)
 
 
 def run(
@@ -182,14 +182,16 @@ def run(
     data: Path,
     seeds: Sequence[int] = (0, 1, 2),
     options: Callable[[Path], dict] = lambda root: {},
+    verbose: bool = False,
 ) -> None:
     """Train all variants with each seed, print the table, write it and draw it.
 
     Args:
-        work_dir: Where everything is written.
-        data: Folder of the folders of digits, which are written where they are missing.
-        seeds: Of the weights and of the order of the images. At least one.
-        options: Gives, for the folder of scattered digits, settings to change in the config.
+        work_dir: Folder for all output.
+        data: Folder for the data, which are written if they are missing.
+        seeds: Seeds of the weights and of the order of the images, at least one.
+        options: Returns settings to change in the config, given the folder of scattered digits.
+        verbose: Whether to show everything that the log files contain.
     """
     root = scatter(write_digits(data / 'digits'), data / 'scattered_digits')
     changes = {
@@ -198,10 +200,10 @@ def run(
     results: dict[str, list[float]] = {name: [] for name in VARIANTS}
     for seed in seeds:
         for name, accuracies in results.items():
-            accuracies.append(fit(name, seed, work_dir, changes))
+            accuracies.append(fit(name, seed, work_dir, changes, verbose))
     header = ('method', 'token shift', 'bidirectional', *(f'seed {seed}' for seed in seeds))
     header += ('mean ± sd' if len(seeds) > 1 else 'mean', 'gap', 'paper, ImageNet', 'gap')
-    printed = table(header, rows(results))
+    printed = markdown_table(header, rows(results))
     draw(results, work_dir / 'ablation.png')
     write_json(work_dir / 'ablation.json', dict(seeds=list(seeds), top1=results))
     print(f"""
@@ -215,13 +217,11 @@ Picture: {work_dir / 'ablation.png'}""")
 
 def main() -> None:
     """Run the ladder from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
-    parser.add_argument(
-        '--work-dir', type=Path, default=ROOT / 'work_dirs/ablation', help='default: %(default)s'
-    )
+    parser = make_parser(__doc__, 'work_dirs/ablation')
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2], help='default: 0 1 2')
     args = parser.parse_args()
-    run(args.work_dir.resolve(), ROOT / 'data', args.seeds)
+    work_dir = (args.work_dir or ROOT / 'work_dirs/ablation').resolve()
+    run(work_dir, ROOT / 'data', args.seeds, verbose=args.verbose)
 
 
 if __name__ == '__main__':

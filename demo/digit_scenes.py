@@ -1,8 +1,8 @@
-"""Write photographs with handwritten digits on them, as small sets for detection or segmentation.
+"""Write photographs with handwritten digits as small data sets for detection or segmentation.
 
-Both the photographs and the digits are real and ship with scikit-learn; where the digits lie, how
-large they are and which colour they have is drawn at random, so that boxes and masks are known.
-Training and validation images share neither a digit nor a piece of a photograph.
+The photographs and digits are real and ship with scikit-learn. Places, sizes and colours of the
+digits are drawn at random, so boxes and masks are known. Training and validation images share
+neither a digit nor a part of a photograph.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ ROOT = Path(__file__).resolve().parents[1]
 DIGITS = tuple(map(str, range(10)))
 SPLITS = ('train', 'val')
 HELD_OUT = 1 / 5  # of the digits
-GAP = 0.62  # of a photograph's width is for training; what is right of it, for validation
+EDGE = 0.62  # fraction of a photograph's width for training; the rest is for validation
 
 
 class Scene(NamedTuple):
     """A photograph with digits on it."""
 
     image: np.ndarray  #: RGB of shape (size, size, 3), uint8.
-    labels: list[int]  #: The N digits, 0 to 9, in the order in which they were pasted.
+    labels: list[int]  #: The N digits, 0 to 9, in the order of pasting.
     masks: np.ndarray  #: Their visible pixels, of shape (N, size, size), bool.
 
 
@@ -44,25 +44,25 @@ def scenes(
     sides: tuple[int, int] = (6, 3),
     white: bool = False,
 ) -> Iterator[Scene]:
-    """Draw scenes; the same arguments give the same ones.
+    """Draw scenes, reproducibly for the same arguments.
 
     Args:
         split: ``'train'`` or ``'val'``.
-        count: How many.
+        count: Number of scenes.
         size: Height and width in pixels, at least 64.
-        seed: Seed of everything that is random.
-        digits: How many digits to try at least and at most; those that would cover others are
-            left out.
-        sides: The least and the largest height of a digit, as divisors of ``size``: a sixth to a
-            third of it.
-        white: Whether all digits are white, apart, and on photographs of half their brightness;
-            else each has a colour that is far from what it covers.
+        seed: Seed of all random numbers.
+        digits: The smallest and the largest number of digits to place; digits that would cover
+            others are left out.
+        sides: Divisors of ``size`` for the smallest and the largest height of a digit: by default
+            a sixth and a third of it.
+        white: Whether to draw white digits that do not touch, on photographs of half their
+            brightness, instead of digits whose colour contrasts with their background.
 
     Yields:
         Scenes with digits that hardly cover one another.
 
     Raises:
-        ValueError: If an argument is out of its range.
+        ValueError: If ``split`` is unknown or ``size`` is below 64.
     """
     if split not in SPLITS:
         raise ValueError(f'split must be one of {SPLITS}, got {split!r}')
@@ -79,7 +79,7 @@ def scenes(
         for _ in range(rng.integers(digits[0], digits[1] + 1)):
             index = rng.integers(len(shapes))
             mask = _place(shapes[index], size, sides, rng)
-            if white:  # nothing else would tell two that touch apart
+            if white:  # touching white digits could not be distinguished
                 if (masks & binary_dilation(mask, iterations=2)).any():
                     continue
             elif ((masks & mask).sum((1, 2)) > 0.1 * masks.sum((1, 2))).any():
@@ -100,8 +100,8 @@ def _digits(split: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _part(photograph: np.ndarray, split: str) -> np.ndarray:
-    """Return the part of a photograph that belongs to a split."""
-    edge = round(GAP * photograph.shape[1])
+    """Return the part of a photograph for a split."""
+    edge = round(EDGE * photograph.shape[1])
     return photograph[:, :edge] if split == 'train' else photograph[:, edge:]
 
 
@@ -128,7 +128,7 @@ def _place(
 
 
 def _contrasting_colour(background: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Draw a colour that is far from what it will cover."""
+    """Draw a colour that differs from the mean of the background."""
     mean = background.mean(0)
     while True:
         colour = rng.integers(0, 256, 3)
@@ -144,17 +144,17 @@ def write_coco(
     Categories have the ids 1 to 10 for the digits 0 to 9. Masks are run lengths.
 
     Args:
-        root: The folder to write; it appears whole or not at all.
+        root: The folder to write; it is created completely or not at all.
         train: Number of training images.
         val: Number of validation images.
         size: Height and width in pixels.
-        seed: Seed of everything that is random.
+        seed: Seed of all random numbers.
 
     Returns:
         The folder.
 
     Raises:
-        FileExistsError: If ``root`` exists and was not written by the same call.
+        FileExistsError: If ``root`` exists and was not written with the same arguments.
     """
     from pycocotools import mask as run_length
 
@@ -179,7 +179,7 @@ def write_coco(
             Image.fromarray(scene.image).save(part / split / name)
             images.append(dict(id=index, file_name=name, height=size, width=size))
             objects.extend(annotations(index, scene))
-        for number, item in enumerate(objects, 1):  # COCO's evaluation takes id 0 for no match
+        for number, item in enumerate(objects, 1):  # COCO's evaluation uses id 0 for no match
             item['id'] = number
         categories = [dict(id=i + 1, name=name) for i, name in enumerate(DIGITS)]
         content = dict(images=images, annotations=objects, categories=categories)
@@ -200,15 +200,15 @@ def write_ade20k(
 ) -> Path:
     """Write scenes and label maps in ADE20K's folders.
 
-    These are ``root/images/{training,validation}/*.png`` and ``root/annotations/`` alike, where a
-    pixel is 0 for the background and d + 1 for the digit d.
+    The files are ``root/{images,annotations}/{training,validation}/*.png``. Labels are 0 for the
+    background and d + 1 for the digit d.
 
     Args:
-        root: The folder to write; it appears whole or not at all.
+        root: The folder to write; it is created completely or not at all.
         train: Number of training images.
         val: Number of validation images.
         size: Height and width in pixels.
-        seed: Seed of everything that is random.
+        seed: Seed of all random numbers.
         digits: As for :func:`scenes`.
         sides: As for :func:`scenes`.
         white: As for :func:`scenes`.
@@ -217,7 +217,7 @@ def write_ade20k(
         The folder.
 
     Raises:
-        FileExistsError: If ``root`` exists and was not written by the same call.
+        FileExistsError: If ``root`` exists and was not written with the same arguments.
     """
 
     def write(part: Path, split: str, drawn: Iterator[Scene]) -> None:
@@ -242,7 +242,7 @@ def _write(
     counts: dict[str, int],
     settings: dict[str, object],
 ) -> Path:
-    """Write both splits to a temporary folder and rename it, unless that was done before."""
+    """Write both splits to a temporary folder and rename it, unless that is done."""
     root = Path(root)
     facts = json.dumps({**counts, **settings})
     stamp = root / 'digit_scenes.json'

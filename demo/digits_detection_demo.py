@@ -1,8 +1,8 @@
-"""Train Mask R-CNN with a small VRWKV-Adapter to find handwritten digits on photographs.
+"""Train Mask R-CNN with a small VRWKV-Adapter to detect handwritten digits on photographs.
 
-Writes the images, trains, tests on held-out images, and draws what is found on some of them. What
-is already done is not done again: a second run only prints the result, and an interrupted training
-goes on from its last checkpoint.
+Write the images, train, test on held-out images, and draw the detections on some of them. Finished
+steps are not repeated: a second run only prints the result, and an interrupted training continues
+from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -13,36 +13,38 @@ from typing import NamedTuple
 import matplotlib as mpl
 import numpy as np
 import torch
+from demo_tools import RIGHT, ROOT, WRONG, run_demo
 from digit_scenes import DIGITS, write_coco
-from digits_demo import RIGHT, ROOT, WRONG, is_newer, measure, parse_arguments, train
 from mmengine.config import Config
 from PIL import Image
 from pycocotools import mask as run_length
 from pycocotools.coco import COCO
 from torchvision.ops import box_iou
 
+from vrwkv.analysis.drawing import picture
+
 CONFIG = ROOT / 'configs/detection/mask-rcnn_vrwkv-adapter-nano_fpn_1xb8-10e_digit-scenes.py'
-SCORE = 0.5  # what is surer is drawn
+SCORE = 0.5  # detections with a higher score are drawn
 
 
 class Found(NamedTuple):
-    """One digit that the model found, or one that it missed."""
+    """A detected or a missed digit."""
 
     label: str
-    score: float | None  #: How sure the model is of it; None if it missed the digit.
+    score: float | None  #: The detection's score; None for a missed digit.
     box: list[float]  #: Left, top, right and bottom in pixels.
-    mask: np.ndarray  #: Of the size of the image, bool.
-    right: bool  #: Whether a digit of that label is there.
+    mask: np.ndarray  #: Of shape (H, W), bool.
+    right: bool  #: Whether it matches a digit of that label.
 
 
 def detect(config: Path, checkpoint: Path, data_root: Path, count: int) -> dict[Path, list[Found]]:
-    """Find digits on the first held-out images with mmdet's inferencer, and compare with the truth.
+    """Detect digits on the first held-out images with mmdet's inferencer; compare with the truth.
 
-    Something found is right if a digit of its label, found by nothing surer, lies in the same box:
-    IoU of at least 0.5.
+    A detection is right if its box has an IoU of at least 0.5 with a digit of its label that no
+    detection with a higher score matches.
 
     Returns:
-        For each image what was found and what was missed.
+        The detected and the missed digits of each image.
     """
     import vrwkv_det  # noqa: F401, I001 (before mmdet: it serves mmcv's operators)
     from mmdet.apis import DetInferencer
@@ -90,29 +92,23 @@ def _overlap(a: list[float], b: list[float]) -> float:
 
 def draw(detections: dict[Path, list[Found]], metrics: dict[str, float], out: Path) -> None:
     """Draw images with boxes, masks and labels, right ones in one colour, others in another."""
-    mpl.use('Agg')
-    from matplotlib import pyplot as plt
-
     columns = 4
     rows = -(-len(detections) // columns)
-    fig, axes = plt.subplots(
-        rows, columns, figsize=(13, 3.25 * rows + 1.3), dpi=110, layout='constrained', squeeze=False
-    )
-    fig.suptitle(
-        'Mask R-CNN with VRWKV-Adapter on images it has not seen\n'
-        f'AP50 of boxes {metrics["coco/bbox_mAP_50"]:.3f}, of masks '
-        f'{metrics["coco/segm_mAP_50"]:.3f}. Red: wrong, dashed: missed',
-        fontsize=15,
-    )
-    for ax in axes.flat:
-        ax.axis('off')
-    for ax, (path, found) in zip(axes.flat, detections.items(), strict=False):
-        image = np.asarray(Image.open(path).convert('RGB'))
-        ax.imshow(image, extent=(0, image.shape[1], image.shape[0], 0))
-        for item in found:
-            _draw_digit(ax, item)
-    fig.savefig(out)
-    plt.close(fig)
+    size = (13, 3.25 * rows + 1.3)
+    with picture(out, rows, columns, figsize=size, dpi=110, squeeze=False) as (fig, axes):
+        fig.suptitle(
+            'Mask R-CNN with VRWKV-Adapter on unseen images\n'
+            f'AP50 of boxes {metrics["coco/bbox_mAP_50"]:.3f}, of masks '
+            f'{metrics["coco/segm_mAP_50"]:.3f}. Red: wrong, dashed: missed',
+            fontsize=15,
+        )
+        for ax in axes.flat:
+            ax.axis('off')
+        for ax, (path, found) in zip(axes.flat, detections.items(), strict=False):
+            image = np.asarray(Image.open(path).convert('RGB'))
+            ax.imshow(image, extent=(0, image.shape[1], image.shape[0], 0))
+            for item in found:
+                _draw_digit(ax, item)
 
 
 def _draw_digit(ax: mpl.axes.Axes, item: Found) -> None:
@@ -138,26 +134,34 @@ def _draw_digit(ax: mpl.axes.Axes, item: Found) -> None:
     )  # fmt: skip
 
 
+def draw_checkpoint(
+    config: Path, checkpoint: Path, data_root: Path, metrics: dict[str, float], out: Path
+) -> None:
+    """Draw the detections of a checkpoint."""
+    draw(detect(config, checkpoint, data_root, count=12), metrics, out)
+
+
+def report(cfg: Config, metrics: dict[str, float]) -> str:
+    """Format the metrics."""
+    lines = [
+        f'  {name}  {metrics[f"coco/{kind}_mAP_50"]:.3f}, {metrics[f"coco/{kind}_mAP"]:.3f}'
+        for kind, name in (('bbox', 'boxes'), ('segm', 'masks'))
+    ]
+    head = f'Average precision on {cfg.digit_scenes.val} held-out images'
+    return '\n'.join([f'{head}, at an IoU of 0.5 and over 0.5 to 0.95:', *lines])
+
+
 def main() -> None:
     """Run the demo from the command line."""
-    config, work_dir = parse_arguments(__doc__, CONFIG)
-
-    cfg = Config.fromfile(config)
-    data_root = ROOT / cfg.data_root
-    write_coco(data_root, **cfg.digit_scenes)
-    checkpoint = train(config, work_dir)
-    metrics = measure(config, checkpoint)
-    picture = work_dir / 'detections.png'
-    if not is_newer(picture, checkpoint):
-        draw(detect(config, checkpoint, data_root, count=12), metrics, picture)
-
-    print(f"""
-Average precision on {cfg.digit_scenes.val} held-out images, at an IoU of 0.5 and over 0.5 to 0.95:
-  boxes  {metrics['coco/bbox_mAP_50']:.3f}, {metrics['coco/bbox_mAP']:.3f}
-  masks  {metrics['coco/segm_mAP_50']:.3f}, {metrics['coco/segm_mAP']:.3f}
-  picture     {picture}
-  checkpoint  {checkpoint}
-Next, COCO or your own images: see detection/README.md""")
+    run_demo(
+        __doc__,
+        CONFIG,
+        lambda cfg, data_root: write_coco(data_root, **cfg.digit_scenes),
+        draw_checkpoint,
+        'detections.png',
+        report,
+        'Next, COCO or your own images: see detection/README.md',
+    )
 
 
 if __name__ == '__main__':

@@ -9,7 +9,6 @@ import argparse
 from pathlib import Path
 
 import torch
-from mmseg.structures import SegDataSample
 
 from vrwkv.analysis import input_channels
 from vrwkv.analysis.measurement import memory_in_use, peak_memory, run_in_new_process, seconds
@@ -37,6 +36,8 @@ def measure(
     """
     torch.set_num_threads(threads)
     model = build_model(read_config(config)).to(device)
+    from mmseg.structures import SegDataSample  # needs mmcv's operators, which the config brings
+
     model.test_cfg.mode = mode
     sample = SegDataSample(metainfo=dict(ori_shape=size, img_shape=size))
     image = torch.zeros(input_channels(model), *size, dtype=torch.uint8)

@@ -16,6 +16,7 @@ from mmengine.runner import load_checkpoint
 from torch import nn
 
 import vrwkv.engine  # noqa: F401 (safe checkpoint loading)
+from vrwkv.mmcv_ops import serve_mmcv_ops
 
 
 def read_config(name: str) -> Config:
@@ -32,6 +33,8 @@ def read_config(name: str) -> Config:
         FileNotFoundError: If there is no such file, or no such library.
         ValueError: If the config has no model.
     """
+    if name.startswith(('mmdet::', 'mmseg::')):
+        serve_mmcv_ops()  # which these configs do not import
     path = _shipped(name) if '::' in name else Path(name)
     if not path.is_file():
         raise FileNotFoundError(
