@@ -20,8 +20,9 @@ from mmengine.config import Config
 from PIL import Image
 
 from vrwkv.analysis.drawing import COLOURS, picture
-from vrwkv.analysis.report import markdown_table, write_json
+from vrwkv.analysis.report import write_results
 from vrwkv_cls.datasets import write_digits
+from vrwkv_ops.benchmarking import markdown_table
 
 CONFIGS = ROOT / 'configs/classification'
 CONFIG = CONFIGS / 'ablation/vrwkv-nano_1xb64-8e_scattered-digits.py'
@@ -205,7 +206,7 @@ def run(
     header += ('mean ± sd' if len(seeds) > 1 else 'mean', 'gap', 'paper, ImageNet', 'gap')
     printed = markdown_table(header, rows(results))
     draw(results, work_dir / 'ablation.png')
-    write_json(work_dir / 'ablation.json', dict(seeds=list(seeds), top1=results))
+    write_results(work_dir / 'ablation.json', dict(seeds=list(seeds), top1=results))
     print(f"""
 Top-1 accuracy in percent on {len(list(root.glob('val/*/*.png')))} images of held-out digits; the \
 paper's is on ImageNet-1K:

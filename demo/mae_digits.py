@@ -21,8 +21,8 @@ from mmpretrain.registry import MODELS
 from torch import Tensor
 
 from vrwkv.analysis.drawing import picture
-from vrwkv.analysis.report import markdown_table
 from vrwkv_cls.datasets import write_digits
+from vrwkv_ops.benchmarking import markdown_table
 
 CONFIGS = ROOT / 'configs/classification/mae'
 PRETRAIN = 'mae_vrwkv-nano_1xb64-30e_digits'

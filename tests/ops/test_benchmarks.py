@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vrwkv_ops import bi_wkv
+from vrwkv_ops import benchmarking, bi_wkv
 from vrwkv_ops.scan import bi_wkv_scan
 
 FOLDER = Path(__file__).resolve().parents[2] / 'vrwkv_ops' / 'benchmarks'
@@ -47,9 +47,9 @@ SMALL = ['--device', 'cpu', '--channels', '12', '--resolutions', '32', '--repeat
 
 @pytest.fixture
 def modules(monkeypatch):
-    """The modules ``harness`` and ``operators``."""
+    """The modules ``benchmarking`` and ``operators``."""
     monkeypatch.syspath_prepend(FOLDER)
-    return importlib.import_module('harness'), importlib.import_module('operators')
+    return benchmarking, importlib.import_module('operators')
 
 
 @pytest.fixture

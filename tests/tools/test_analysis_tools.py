@@ -92,7 +92,7 @@ def test_get_flops_counts_the_channels_of_the_model(tool, write_config, channels
     configs = [write_config(channels), write_config(3, 'colours')]
     tool('get_flops').main([*configs, '--shape', '32', '--out', str(tmp_path)])
     models = json.loads((tmp_path / 'flops.json').read_text())['models']
-    patches, patch = (32 // 4) ** 2, 4**2
+    patches, patch = (32 // 8) ** 2, 8**2
     assert models['channels']['operators']['conv'] == patches * patch * channels * 8
     assert models['colours']['operators']['conv'] == patches * patch * 3 * 8
 

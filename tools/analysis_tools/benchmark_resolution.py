@@ -1,11 +1,11 @@
-"""Time and memory of whole models over resolutions: VRWKV against DeiT.
+"""Measure time and memory of VRWKV and DeiT over resolutions, as in the paper's figures 1 and 3.
 
-As in the paper's Figures 1 and 3. DeiT has plain attention, which holds a matrix of all pairs of
-tokens, and flash attention, which does not. Every figure comes from a process of its own. Memory is
-what the model, its input and the pass add: on a CPU to the resident set, on a GPU to what PyTorch
-allocates. What does not fit in memory or takes longer than --timeout is said so.
+DeiT runs with plain attention, which holds a matrix of all pairs of tokens, and with flash
+attention, which does not. Every figure comes from its own process. Memory is that of the model, its
+input and the pass: resident memory on a CPU, PyTorch's allocations on a GPU. The table reports
+models that do not fit in memory or take longer than --timeout.
 
-A peer takes the place of bi_wkv in a VRWKV; where its result differs in any layer, it is refused.
+A peer replaces bi_wkv in a VRWKV. It is refused if its result differs in any layer.
 
   python tools/analysis_tools/benchmark_resolution.py --resolutions 224 512 --sizes tiny small
 """
@@ -20,7 +20,6 @@ import resource
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,24 +28,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / 'vrwkv_ops' / 'benchmarks'))
-from harness import (
-    ArgumentParser,
-    Peer,
-    describe_environment,
-    import_pyplot,
-    markdown_table,
-    positive_int,
-    save_figure,
-    synchronize,
-    write_json,
-)
-
+from vrwkv.analysis.drawing import COLOURS, picture
+from vrwkv.analysis.measurement import peak_memory, seconds
 from vrwkv.backbones import VRWKV, ViT
 from vrwkv.layers import mix
 from vrwkv_ops import bi_wkv
+from vrwkv_ops.benchmarking import (
+    ArgumentParser,
+    Peer,
+    describe_environment,
+    markdown_table,
+    positive_int,
+    write_json,
+)
 
-# Depth is 12 in all; DeiT and VRWKV of one name have about the same number of parameters.
+# All depths are 12; DeiT and VRWKV of one size have about the same number of parameters.
 WIDTHS = {'tiny': 192, 'small': 384, 'base': 768}
 HEAD_DIMS = 64
 ATTENTION = {
@@ -55,7 +51,7 @@ ATTENTION = {
 }
 OURS = 'VRWKV'
 PATCH = 16
-# How much a peer's result may differ from ours: each is right to 1e-5, or to a rounding of 2^-9.
+# Accepted difference of a peer's result from ours: each has an error up to 1e-5, or 2^-9.
 PEER_BAR = {'float32': 2e-5, 'bfloat16': 2**-8}
 MARK = 'RESULT '
 
@@ -66,11 +62,11 @@ class Row:
 
     Attributes:
         size: ``'tiny'``, ``'small'`` or ``'base'``.
-        model: Which, or a peer's name.
+        model: The model or a peer's name.
         resolution: Side of the images in pixels.
-        images_per_second: Median; None if there is no result.
-        memory: Peak bytes that model, input and pass add; None if there is no result.
-        note: Why there is no result.
+        images_per_second: The median; None without a result.
+        memory: Peak bytes of model, input and pass; None without a result.
+        note: The reason for a missing result.
     """
 
     size: str
@@ -85,7 +81,7 @@ class Row:
 
 
 def build(model: str, size: str, resolution: int) -> nn.Module:
-    """A model with random weights, for images of one resolution."""
+    """Build a model with random weights for images of one resolution."""
     torch.manual_seed(0)
     sizes = dict(img_size=resolution, embed_dims=WIDTHS[size], depth=12)
     if model in ATTENTION:
@@ -95,7 +91,7 @@ def build(model: str, size: str, resolution: int) -> nn.Module:
 
 @contextlib.contextmanager
 def attention_of(model: str, kernel: Callable | None = None):
-    """Runs a DeiT with the attention of its name, or a VRWKV with another kernel."""
+    """Run a DeiT with the attention of its name, or a VRWKV with another kernel."""
     if model in ATTENTION:
         with sdpa_kernel(ATTENTION[model]):
             yield
@@ -108,21 +104,8 @@ def attention_of(model: str, kernel: Callable | None = None):
         mix.bi_wkv = ours
 
 
-def peak_memory(used: torch.device) -> int:
-    """Bytes at the peak, so far."""
-    if used.type == 'cuda':
-        return torch.cuda.max_memory_allocated(used)
-    with contextlib.suppress(OSError):
-        for line in Path('/proc/self/status').read_text().splitlines():
-            if line.startswith('VmHWM:'):
-                return int(line.split()[1]) * 1024
-    # Not on Linux, where this starts with what the parent process had.
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == 'darwin' else peak * 1024
-
-
 def refusal(args: argparse.Namespace, network: nn.Module, images: Tensor, peer: Peer) -> str:
-    """Why a peer's result is wrong in some layer, or an empty text."""
+    """Explain why a peer's result is wrong in some layer; an empty text if it is right."""
     ours, errors = mix.bi_wkv, []
 
     def compare(w: Tensor, u: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
@@ -134,23 +117,23 @@ def refusal(args: argparse.Namespace, network: nn.Module, images: Tensor, peer: 
     with attention_of(OURS, compare), autocast(args), torch.no_grad():
         network(images)
     bar = PEER_BAR[args.dtype]
-    if all(error <= bar for error in errors):  # NaN is wrong, too
+    if all(error <= bar for error in errors):  # false for NaN
         return ''
     return f'refused: differs from bi_wkv by {max(errors):.1e}, at most {bar:.0e} is right'
 
 
 def autocast(args: argparse.Namespace):
-    """The context in which the models run."""
+    """Return the context in which the models run."""
     enabled = args.dtype != 'float32'
     return torch.autocast(args.device.type, torch.bfloat16, enabled=enabled)
 
 
 def measure(args: argparse.Namespace, size: str, model: str, resolution: int) -> Row:
-    """Measures one model at one resolution, in this process."""
+    """Measure one model at one resolution in this process."""
     row = Row(size, model, resolution)
     peer = next((peer for peer in args.peer if peer.name == model), None)
     if args.memory_limit and args.device.type == 'cpu':
-        # Memory that is asked for, so that it fails here and not in another program.
+        # A limit on allocations makes them fail here rather than in another program.
         limit = int(args.memory_limit * 2**30)
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     before = peak_memory(args.device)
@@ -173,16 +156,13 @@ def measure(args: argparse.Namespace, size: str, model: str, resolution: int) ->
                 output = network(images)[0]
             if args.train:
                 output.float().square().mean().backward()
-        synchronize(args.device)
 
     times = []
     for _ in range(args.repeats + 1):
-        start = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - start)
+        times.append(seconds(step, args.device))
         if sum(times) > args.timeout / 4:
             break
-    # The first warms up, unless it takes so long that this does not matter.
+    # The first step warms up; it counts if the others are skipped because it took so long.
     row.images_per_second = args.batch_size / statistics.median(times[1:] or times)
     row.memory = peak_memory(args.device) - before
     return row
@@ -192,7 +172,7 @@ def measure(args: argparse.Namespace, size: str, model: str, resolution: int) ->
 
 
 def measure_apart(args: argparse.Namespace, size: str, model: str, resolution: int) -> Row:
-    """As :func:`measure`, in a process of its own, which may fail."""
+    """Call :func:`measure` in a new process, which may fail."""
     row = Row(size, model, resolution)
     command = [sys.executable, __file__, *args.argv, '--one', size, model, str(resolution)]
     try:
@@ -214,7 +194,7 @@ def measure_apart(args: argparse.Namespace, size: str, model: str, resolution: i
 
 
 def run(args: argparse.Namespace) -> list[Row]:
-    """All rows. A model that failed at a resolution is not tried at larger ones."""
+    """Measure all rows. A model that failed at a resolution is not tried at larger ones."""
     rows = []
     for size in args.sizes:
         failed = {}
@@ -232,7 +212,7 @@ def run(args: argparse.Namespace) -> list[Row]:
 
 
 def table(rows: list[Row]) -> str:
-    """Rows for people."""
+    """Format the rows."""
     cells = []
     for r in rows:
         line = [r.size, str(r.resolution), r.model]
@@ -244,35 +224,31 @@ def table(rows: list[Row]) -> str:
 
 
 def plot(rows: list[Row], title: str, path: Path) -> None:
-    """Images per second and memory over resolution, a line for each model and size."""
-    plt = import_pyplot()
-    if plt is None:
-        return
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), layout='constrained')
-    models = list(dict.fromkeys(r.model for r in rows))
-    for size, style in zip(WIDTHS, ('-', '--', ':'), strict=True):
-        for index, model in enumerate(models):
-            chosen = [r for r in rows if (r.size, r.model) == (size, model) and not r.note]
-            if not chosen:
-                continue
-            options = dict(color=f'C{index}', marker='o', ms=3, label=f'{model}, {size}')
-            pixels = [r.resolution for r in chosen]
-            axes[0].loglog(pixels, [r.images_per_second for r in chosen], style, **options)
-            axes[1].loglog(pixels, [r.memory / 2**20 for r in chosen], style, **options)
-    resolutions = sorted({r.resolution for r in rows})
-    for axis, label in zip(axes, ('images per second', 'peak memory (MiB)'), strict=True):
-        axis.set_xticks(resolutions, [str(x) for x in resolutions], rotation=45)
-        axis.tick_params(axis='x', which='minor', bottom=False, labelbottom=False)
-        axis.set(xlabel='side of the image (pixels)', ylabel=label)
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
-    figure.suptitle(title)
-    save_figure(figure, path)
-    plt.close(figure)
+    """Draw images per second and memory over resolution, a line for each model and size."""
+    with picture(path, 1, 2, figsize=(11, 4.4)) as (figure, axes):
+        models = list(dict.fromkeys(r.model for r in rows))
+        for size, style in zip(WIDTHS, ('-', '--', ':'), strict=True):
+            for index, model in enumerate(models):
+                chosen = [r for r in rows if (r.size, r.model) == (size, model) and not r.note]
+                if not chosen:
+                    continue
+                colour = COLOURS[1 + index % (len(COLOURS) - 1)]
+                options = dict(color=colour, marker='o', ms=3, label=f'{model}, {size}')
+                pixels = [r.resolution for r in chosen]
+                axes[0].loglog(pixels, [r.images_per_second for r in chosen], style, **options)
+                axes[1].loglog(pixels, [r.memory / 2**20 for r in chosen], style, **options)
+        resolutions = sorted({r.resolution for r in rows})
+        for axis, label in zip(axes, ('images per second', 'peak memory (MiB)'), strict=True):
+            axis.set_xticks(resolutions, [str(x) for x in resolutions], rotation=45)
+            axis.tick_params(axis='x', which='minor', bottom=False, labelbottom=False)
+            axis.set(xlabel='side of the image (pixels)', ylabel=label)
+        axes[0].legend(fontsize=8)
+        figure.suptitle(title)
+    print(f'Wrote {path}')
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Reads the command line."""
+    """Read the command line."""
     parser = ArgumentParser(__doc__, 'benchmarks')
     parser.add_argument(
         '--sizes', nargs='+', choices=WIDTHS, default=['tiny'], help='default: tiny'
@@ -285,20 +261,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument('--train', action='store_true', help='forward and backward pass')
     parser.add_argument(
-        '--timeout', type=positive_int, default=120, help='seconds a figure may take (default: 120)'
+        '--timeout', type=positive_int, default=120, help='seconds for a figure (default: 120)'
     )
     parser.add_argument(
         '--memory-limit',
         type=float,
         default=available_memory() * 0.8,
         metavar='GIB',
-        help='of memory that a figure may take on a CPU; 0: all (default: 80 %% of what is free)',
+        help='memory for a figure on a CPU; 0: no limit (default: 80 %% of the free memory)',
     )
     parser.add_argument('--one', nargs=3, help=argparse.SUPPRESS)  # a figure, in its process
     args = parser.parse_args(argv)
     args.argv = list(sys.argv[1:] if argv is None else argv)
     if args.train and args.peer:
-        parser.error('--peer is held to the forward pass alone: leave out --train')
+        parser.error('--peer is checked in the forward pass only: leave out --train')
     if min(args.resolutions) < PATCH:
         parser.error(f'--resolutions start at {PATCH} (a patch), got {min(args.resolutions)}')
     names = [peer.name for peer in args.peer]
@@ -308,7 +284,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def available_memory() -> float:
-    """Free memory of the machine in GiB, or 0 where the system does not tell."""
+    """Return the free memory of the machine in GiB; 0 if it is unknown."""
     with contextlib.suppress(OSError):
         for line in Path('/proc/meminfo').read_text().splitlines():
             if line.startswith('MemAvailable:'):
@@ -317,7 +293,7 @@ def available_memory() -> float:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measures, prints and writes the results; returns the exit status."""
+    """Measure, print and write the results; return the exit status."""
     args = parse_args(argv)
     if args.one:
         size, model, resolution = args.one
@@ -330,10 +306,10 @@ def main(argv: list[str] | None = None) -> int:
     print('\n' + table(rows) + '\n')
     step = 'training step' if args.train else 'inference'
     settings = dict(batch_size=args.batch_size, repeats=args.repeats, dtype=args.dtype, step=step)
-    write_json(
-        args.out / 'resolution.json',
-        {'environment': facts, 'settings': settings, 'rows': [asdict(row) for row in rows]},
-    )
+    results = args.out / 'resolution.json'
+    content = dict(environment=facts, settings=settings, rows=list(map(asdict, rows)))
+    write_json(results, content)
+    print(f'Wrote {results}')
     title = f'{step}, {args.batch_size} image(s), {args.dtype}, {facts["device"]}'
     plot(rows, title, args.out / 'resolution.png')
     return 1 if any(r.note.startswith(('refused', 'failed')) for r in rows) else 0

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from vrwkv.analysis import area_of_share, effective_receptive_field, input_channels
 from vrwkv.analysis.drawing import picture
 from vrwkv.analysis.models import load_model, read_config
-from vrwkv.analysis.report import markdown_table, write_json
+from vrwkv.analysis.report import write_results
+from vrwkv_ops.benchmarking import markdown_table
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs/classification'
 DEFAULTS = {
@@ -232,7 +233,7 @@ def main(argv: list[str] | None = None) -> None:
         for name, config, checkpoint in models
     }
     content = dict(models=facts, images=len(images), size=args.size, seed=args.seed)
-    write_json(args.out / 'receptive_field.json', content)
+    write_results(args.out / 'receptive_field.json', content)
     print(f'\nPicture: {picture_file}')
 
 

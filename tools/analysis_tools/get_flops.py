@@ -14,7 +14,8 @@ from torch import nn
 from vrwkv.analysis import Complexity, complexity, input_channels
 from vrwkv.analysis.drawing import COLOURS, picture
 from vrwkv.analysis.models import build_model, read_config
-from vrwkv.analysis.report import distinct_names, markdown_table, write_json
+from vrwkv.analysis.report import distinct_names, write_results
+from vrwkv_ops.benchmarking import markdown_table
 
 # Height and width of the paper's images in pixels, by library.
 SIZES = {'mmpretrain': (224, 224), 'mmdet': (800, 1344), 'mmseg': (512, 512)}
@@ -131,7 +132,7 @@ def main(argv: list[str] | None = None) -> None:
         name: cost._asdict() | dict(input=size)
         for (name, cost), size in zip(results.items(), inputs, strict=True)
     }
-    write_json(args.out / 'flops.json', dict(models=content))
+    write_results(args.out / 'flops.json', dict(models=content))
     print(f'\nFLOPs are multiply-adds. Picture: {args.out / "flops.png"}')
 
 

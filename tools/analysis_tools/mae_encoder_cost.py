@@ -14,7 +14,7 @@ import vrwkv_cls  # noqa: F401
 from vrwkv.analysis import input_channels
 from vrwkv.analysis.measurement import seconds
 from vrwkv.analysis.models import read_config
-from vrwkv.analysis.report import markdown_table
+from vrwkv_ops.benchmarking import markdown_table
 
 RATIOS = (0.0, 0.5, 0.75, 0.9)
 

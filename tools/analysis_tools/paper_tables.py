@@ -12,7 +12,8 @@ from mmengine.config import Config
 
 from vrwkv.analysis.drawing import COLOURS, picture
 from vrwkv.analysis.models import read_config
-from vrwkv.analysis.report import markdown_table, write_json
+from vrwkv.analysis.report import write_results
+from vrwkv_ops.benchmarking import markdown_table
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
 TOLERANCE = 0.015
@@ -232,7 +233,7 @@ def main(argv: list[str] | None = None) -> None:
     print(markdown_table(HEADER, [cells(result) for result in results]))
     draw(results, args.out / 'paper_tables.png')
     content = [result.row._asdict() | dict(counted=result[1:]) for result in results]
-    write_json(args.out / 'paper_tables.json', dict(rows=content))
+    write_results(args.out / 'paper_tables.json', dict(rows=content))
     wrong = [r.row.model for r in results if r.row.held and not r.agrees]
     print('\nA row agrees within 1.5 % or half a unit of the last digit that the paper prints.')
     print(f'FLOPs are multiply-adds. Picture: {args.out / "paper_tables.png"}')

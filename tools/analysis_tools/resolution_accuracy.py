@@ -12,8 +12,9 @@ from mmengine.config import Config, ConfigDict, DictAction
 
 from vrwkv.analysis.drawing import COLOURS, MARKERS, picture
 from vrwkv.analysis.models import read_config
-from vrwkv.analysis.report import distinct_names, markdown_table, write_json
+from vrwkv.analysis.report import distinct_names, write_results
 from vrwkv.engine import CheckpointError, cli
+from vrwkv_ops.benchmarking import markdown_table
 
 SIZES = (224, 256, 288, 320, 384, 448, 512, 640, 768, 1024)
 # Transforms that set the size of an image, and their argument for it.
@@ -149,7 +150,7 @@ def main(argv: list[str] | None = None) -> None:
     print(markdown_table(('top-1 (%) at', *map(str, sizes)), rows))
     out = args.out / 'resolution_accuracy.png'
     draw(sizes, results, out)
-    write_json(out.with_suffix('.json'), dict(sizes=sizes, top1=results, models=args.models))
+    write_results(out.with_suffix('.json'), dict(sizes=sizes, top1=results, models=args.models))
     print(f'\nPicture: {out}')
 
 

@@ -15,7 +15,7 @@ import torch
 from vrwkv.analysis import input_channels
 from vrwkv.analysis.measurement import memory_in_use, peak_memory, run_in_new_process, seconds
 from vrwkv.analysis.models import load_model, read_config
-from vrwkv.analysis.report import markdown_table
+from vrwkv_ops.benchmarking import markdown_table
 
 
 def step(

@@ -13,6 +13,8 @@ from typing import TypeVar
 
 import torch
 
+from vrwkv_ops.benchmarking import synchronize
+
 Result = TypeVar('Result')
 
 
@@ -45,15 +47,9 @@ def _status(name: str) -> int:
     raise OSError(f'/proc/self/status has no {name}')
 
 
-def synchronize(device: str | torch.device) -> None:
-    """Wait until a device has finished its work."""
-    device = torch.device(device)
-    if device.type != 'cpu':
-        torch.get_device_module(device).synchronize(device)
-
-
 def seconds(function: Callable[[], object], device: str | torch.device) -> float:
     """Time one call, including the work that it leaves to the device."""
+    device = torch.device(device)
     synchronize(device)
     start = time.perf_counter()
     function()

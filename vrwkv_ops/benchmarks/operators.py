@@ -21,22 +21,20 @@ from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
-from harness import (
+from torch import Tensor
+
+from vrwkv_ops import bi_wkv, pointwise, scan, shift, sigmoid_gate, squared_relu, token_shift
+from vrwkv_ops.benchmarking import (
     DTYPES,
     ArgumentParser,
     copy_bandwidth,
     describe_environment,
-    import_pyplot,
     keep_freed_memory,
     markdown_table,
     positive_int,
-    save_figure,
     time_calls,
     write_json,
 )
-from torch import Tensor
-
-from vrwkv_ops import bi_wkv, pointwise, scan, shift, sigmoid_gate, squared_relu, token_shift
 
 PATCH = 16
 OURS = {'bi_wkv', 'token_shift', 'sigmoid_gate', 'squared_relu', 'attention', 'exp'}
@@ -267,9 +265,14 @@ def table(rows: list[Row], bandwidth: float) -> str:
 
 def plot(rows: list[Row], title: str, path) -> None:
     """Time over resolution, a panel for each pass and dtype."""
-    plt = import_pyplot()
-    if plt is None:
+    try:
+        import matplotlib as mpl
+    except ImportError:
+        print("No plot: matplotlib is not installed ('pip install matplotlib')")
         return
+    mpl.use('Agg')
+    import matplotlib.pyplot as plt
+
     panels = list(dict.fromkeys((r.dtype, r.direction) for r in rows))
     figure, axes = plt.subplots(
         *(1, len(panels)),
@@ -303,8 +306,10 @@ def plot(rows: list[Row], title: str, path) -> None:
     axes[0][0].set_ylabel('time (ms)')
     axes[0][0].legend()
     figure.suptitle(title)
-    save_figure(figure, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, bbox_inches='tight')
     plt.close(figure)
+    print(f'Wrote {path}')
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -358,15 +363,10 @@ def main(argv: list[str] | None = None) -> int:
         name: getattr(args, name)
         for name in ('batch_size', 'elements', 'channels', 'heads', 'repeats')
     }
-    write_json(
-        args.out / 'operators.json',
-        {
-            'environment': facts,
-            'settings': settings,
-            'copy_bytes_per_second': bandwidth,
-            'rows': [asdict(row) for row in rows],
-        },
-    )
+    results = args.out / 'operators.json'
+    content = dict(settings=settings, copy_bytes_per_second=bandwidth, rows=list(map(asdict, rows)))
+    write_json(results, dict(environment=facts, **content))
+    print(f'Wrote {results}')
     amount = f'{args.elements:,} elements' if args.elements else f'{args.batch_size} image(s)'
     title = f'{amount}, {args.channels} channels, {facts["device"]}'
     plot(rows, title, args.out / 'operators.png')

@@ -1,4 +1,4 @@
-"""What the benchmarks share: facts about the machine, timing, peers, tables, files and plots."""
+"""Functions that benchmarks and analysis tools share: machine facts, timing, peers and tables."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ import torch
 import vrwkv_ops
 from vrwkv_ops.backends import diagnose
 
-ROOT = Path(__file__).resolve().parents[2]
 DTYPES = {str(x).removeprefix('torch.'): x for x in (torch.float32, torch.float16, torch.bfloat16)}
 
 
@@ -46,7 +45,7 @@ class ArgumentParser(argparse.ArgumentParser):
             '--repeats',
             type=positive_int,
             default=5,
-            help='timed rounds, of which the median counts (default: 5)',
+            help='timed rounds; the median counts (default: 5)',
         )
         self.add_argument(
             '--peer',
@@ -59,22 +58,22 @@ class ArgumentParser(argparse.ArgumentParser):
         self.add_argument(
             '--out',
             type=Path,
-            default=ROOT / 'work_dirs' / out,
-            help='where to write NAME.json and NAME.png (default: %(default)s)',
+            default=Path('work_dirs') / out,
+            help='folder for NAME.json and NAME.png (default: %(default)s)',
         )
 
 
 def default_device() -> torch.device:
-    """The first GPU, or the CPU where there is none."""
+    """Return the first GPU, or the CPU of a machine without one."""
     return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 
 
 def device(name: str) -> torch.device:
-    """A device that can be used; for argparse."""
+    """Check that a device can be used; for argparse."""
     try:
         result = torch.device(name)
         torch.empty(1, device=result)
-    # Every backend has errors of its own.
+    # Every backend has its own errors.
     except Exception as error:
         detail = str(error).splitlines()[0]
         raise argparse.ArgumentTypeError(f'{name!r} cannot be used: {detail}') from error
@@ -82,7 +81,7 @@ def device(name: str) -> torch.device:
 
 
 def positive_int(text: str) -> int:
-    """A number from 1; for argparse."""
+    """Read a number from 1; for argparse."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f'expected a number from 1, got {text!r}')
     return int(text)
@@ -107,7 +106,7 @@ class Peer:
         module = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(module)
-        # It is other people's code.
+        # The module may raise anything.
         except Exception as error:
             message = f'{path} fails when it is imported: {type(error).__name__}: {error}'
             raise argparse.ArgumentTypeError(message) from error
@@ -120,7 +119,7 @@ class Peer:
 
 
 def describe_environment(used: torch.device) -> dict[str, str]:
-    """What a figure depends on: machine, versions, kernels, commit and command."""
+    """Describe the machine, versions, kernels, commit and command that produced a figure."""
     facts = {
         'device': describe_device(used),
         'processor': f'{_processor()}, {os.cpu_count()} logical cores',
@@ -132,7 +131,7 @@ def describe_environment(used: torch.device) -> dict[str, str]:
         'CUDA of torch': str(torch.version.cuda),
         'vrwkv_ops': vrwkv_ops.__version__,
         'kernels': '; '.join(str(b).splitlines()[0] for b in diagnose()),
-        'commit': _output('git', '-C', str(ROOT), 'describe', '--always', '--dirty') or 'unknown',
+        'commit': _output('git', 'describe', '--always', '--dirty') or 'unknown',
         'command': shlex.join(['python', *(_relative(arg) for arg in sys.argv)]),
     }
     if used.type == 'cuda':
@@ -142,7 +141,7 @@ def describe_environment(used: torch.device) -> dict[str, str]:
 
 
 def describe_device(used: torch.device) -> str:
-    """A device's name."""
+    """Return a device's name; a GPU's with its memory and compute capability."""
     if used.type != 'cuda':
         return used.type
     properties = torch.cuda.get_device_properties(used)
@@ -171,7 +170,7 @@ def _output(*command: str) -> str:
 
 def _relative(arg: str) -> str:
     try:
-        return str(Path(arg).resolve().relative_to(ROOT)) if arg.endswith('.py') else arg
+        return str(Path(arg).resolve().relative_to(Path.cwd())) if arg.endswith('.py') else arg
     except ValueError:
         return arg
 
@@ -180,15 +179,15 @@ def _relative(arg: str) -> str:
 
 
 def synchronize(used: torch.device) -> None:
-    """Waits for a device."""
+    """Wait until a device has finished its work."""
     if used.type != 'cpu':
         torch.get_device_module(used).synchronize(used)
 
 
 def keep_freed_memory() -> None:
-    """Has glibc keep the memory that tensors leave, so that no timing counts page faults.
+    """Let glibc keep freed memory, so that no timing includes page faults.
 
-    It is for a program of its own: nothing that it allocates later goes back to the system.
+    Call it only in a benchmark's own process: no later allocation is returned to the system.
     """
     mmap_max, trim_threshold = -4, -1  # glibc's malloc.h
     if platform.libc_ver()[0] == 'glibc':
@@ -200,17 +199,19 @@ def keep_freed_memory() -> None:
 def time_calls(
     calls: dict[str, Callable[[], object]], used: torch.device, repeats: int, patience: float
 ) -> dict[str, float]:
-    """Median seconds of each call.
+    """Measure the median time of each call in seconds.
 
-    A round measures all calls, so that a change of the machine's load meets all of them. Short
-    calls are repeated within a round, for 100 ms.
+    A round measures all calls, so that a change of the machine's load affects all of them. A round
+    repeats short calls for 100 ms.
 
     Args:
-        calls: What to measure. Their arguments must be bound, not loop variables.
-        used: Where they run.
+        calls: Functions by name. Their arguments must be bound, not loop variables.
+        used: Their device.
         repeats: Number of rounds.
-        patience: A call that takes longer than this many seconds is measured once, after its
-            warm-up.
+        patience: A call that takes more seconds than this is measured once, after its warm-up.
+
+    Returns:
+        Seconds by name.
     """
     counts = {}
     for name, call in calls.items():
@@ -248,7 +249,7 @@ def _seconds(call: Callable[[], object], used: torch.device, count: int) -> floa
 
 
 def copy_bandwidth(used: torch.device, repeats: int) -> float:
-    """Bytes per second that a copy of 256 MiB reads and writes (64 MiB on a CPU)."""
+    """Measure the bytes per second that a copy of 256 MiB (64 MiB on a CPU) reads and writes."""
     size = 2**26 if used.type == 'cpu' else 2**28
     source = torch.ones(size // 4, device=used)
     target = torch.empty_like(source)
@@ -259,41 +260,38 @@ def copy_bandwidth(used: torch.device, repeats: int) -> float:
 # --- Results ----------------------------------------------------------------------------------
 
 
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table, its columns aligned."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Format rows as a Markdown table with aligned columns.
 
-    def line(cells: Sequence[str]) -> str:
-        padded = [cells[0].ljust(widths[0])]
-        padded += [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
-        return f'| {" | ".join(padded)} |'
+    Args:
+        header: Names of the columns.
+        rows: Cells, already rounded; None becomes a dash.
 
-    rule = '|' + '|'.join('-' * (width + 2) for width in widths) + '|'
-    return '\n'.join([line(header), rule, *map(line, rows)])
+    Returns:
+        The table: text on the left of its column, numbers on the right.
+    """
+    cells = [['-' if cell is None else str(cell) for cell in row] for row in rows]
+    columns = list(zip(header, *cells, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    right = [bool(cells) and all(map(_is_number, column[1:])) for column in columns]
+
+    def line(row: Sequence[str]) -> str:
+        pad = [str.rjust if number else str.ljust for number in right]
+        return f'| {" | ".join(p(c, w) for p, c, w in zip(pad, row, widths, strict=True))} |'
+
+    rule = [
+        '-' * (w - 1) + (':' if number else '-') for w, number in zip(widths, right, strict=True)
+    ]
+    return '\n'.join([line(header), line(rule), *map(line, cells)])
 
 
-def write_json(path: Path, content: dict) -> None:
-    """Writes results; makes the folder."""
+def _is_number(cell: str) -> bool:
+    number = cell.lstrip('+-').rstrip('%').partition(' ')[0].replace('e-', '').replace('.', '', 1)
+    return cell in ('', '-') or number.isdigit()
+
+
+def write_json(path: str | os.PathLike, content: dict) -> None:
+    """Write results to a file, whose folder is created."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + '\n')
-    print(f'Wrote {path}')
-
-
-def import_pyplot():
-    """Matplotlib's pyplot, or None and a line that says so where it is not installed."""
-    try:
-        import matplotlib as mpl
-    except ImportError:
-        print("No plot: matplotlib is not installed ('pip install matplotlib')")
-        return None
-    mpl.use('Agg')
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
-def save_figure(figure, path: Path) -> None:
-    """Writes a plot."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, bbox_inches='tight')
-    print(f'Wrote {path}')
+    path.write_text(json.dumps(content, indent=2) + '\n')
