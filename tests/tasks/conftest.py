@@ -7,10 +7,11 @@ from vrwkv.engine import cli
 
 @pytest.fixture
 def run_demo(tmp_path, monkeypatch, capfd):
-    """Run a demo on a config, in ``tmp_path/work``; returns what it and its tools print."""
+    """Run a demo on a config in ``tmp_path/work``; return the output of it and of its tools."""
 
-    def run(demo, config):
+    def run(demo, config, *options):
         argv = [f'{demo.__name__}.py', str(config), '--work-dir', str(tmp_path / 'work')]
+        argv += options
         monkeypatch.setattr('sys.argv', argv)
         demo.main()
         return capfd.readouterr().out
@@ -20,9 +21,9 @@ def run_demo(tmp_path, monkeypatch, capfd):
 
 @pytest.fixture
 def tool_calls(load_script, monkeypatch):
-    """Names of the tools that demos run, which they do in this process.
+    """Run the tools of demos in this process; return the names of those that ran.
 
-    Importing OpenMMLab's packages for each would take longer than the trainings.
+    Importing OpenMMLab's packages in a new process would take longer than the trainings.
     """
     calls = []
 
@@ -30,5 +31,5 @@ def tool_calls(load_script, monkeypatch):
         calls.append(name)
         getattr(cli, name.removesuffix('.py'))([str(arg) for arg in args])
 
-    monkeypatch.setattr(load_script('demo/digits_demo.py'), 'run_tool', run_tool)
+    monkeypatch.setattr(load_script('demo/demo_tools.py'), 'run_tool', run_tool)
     return calls

@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -114,12 +115,32 @@ def trained_epochs(log):
     return {int(epoch) for epoch in re.findall(r'Epoch\(train\) +\[(\d+)\]', log)}
 
 
-def test_tools_run_in_processes_of_their_own(demo, capfd):
-    """The other tests of demos call them (``tool_calls``)."""
-    demo.run_tool('test.py', '--help')
+def test_tools_run_in_new_processes(load_script, capfd):
+    """The other tests of demos run them in this process (``tool_calls``)."""
+    tools = load_script('demo/demo_tools.py')
+    tools.run_tool('test.py', '--help')
     assert 'usage: test.py' in capfd.readouterr().out
     with pytest.raises(subprocess.CalledProcessError):
-        demo.run_tool('test.py')  # without a config
+        tools.run_tool('test.py')  # without a config
+
+
+def test_output_goes_to_a_file(load_script, tmp_path, capfd):
+    """Output of Python and of child processes; none of it is lost before or after."""
+    tools, log = load_script('demo/demo_tools.py'), tmp_path / 'output.log'
+    for verbose in (False, True):
+        sys.stdout.write('before\n')
+        with tools.output_to(log, verbose):
+            os.write(1, b'out\n')
+            subprocess.run(['sh', '-c', 'echo err >&2'], check=True)
+        sys.stdout.write('after\n')
+        printed = capfd.readouterr()
+        assert printed.out.splitlines() == ['before', *verbose * ['out'], 'after']
+        assert printed.err == verbose * 'err\n'
+    assert log.read_text() == 'out\nerr\n'
+    with pytest.raises(ValueError, match='lost'), tools.output_to(log):
+        raise ValueError('lost')
+    sys.stdout.write('again\n')
+    assert capfd.readouterr().out == 'again\n'
 
 
 def test_demo(demo, run_demo, tool_calls, tmp_path):
