@@ -1,4 +1,4 @@
-"""Hold two ways to compute Bi-WKV in float32 against a dense float64 one: see operator.md."""
+"""Compare two float32 computations of Bi-WKV with a dense float64 one: see operator.md."""
 
 import torch
 
@@ -6,7 +6,7 @@ from vrwkv_ops import bi_wkv
 
 
 def dense(w, u, k, v):
-    """Evaluate the definition: a softmax over all pairs of tokens, a channel at a time."""
+    """Evaluate the definition, a softmax over all pairs of tokens, for one channel at a time."""
     t = torch.arange(k.shape[1])
     distance = (t[:, None] - t).abs() - 1
     channels = []
@@ -17,7 +17,7 @@ def dense(w, u, k, v):
 
 
 def subtracting(w, u, k, v):
-    """Sum over all later tokens first, then take one token off that sum at every step."""
+    """Sum over all later tokens first, then subtract one token from that sum at every step."""
     weight = k.exp()
     future = k.new_zeros(2, *k[:, 0].shape)
     terms = torch.stack([weight * v, weight])
