@@ -18,8 +18,9 @@ from torch import nn
 
 from vrwkv.analysis import area_of_share, complexity, effective_receptive_field
 from vrwkv.analysis.models import build_model, load_model, read_config
-from vrwkv.analysis.report import distinct_names, markdown_table
+from vrwkv.analysis.report import distinct_names
 from vrwkv.backbones import VRWKV
+from vrwkv_ops.benchmarking import markdown_table
 
 NANO = 'configs/classification/vrwkv-nano_1xb64_digits.py'
 
