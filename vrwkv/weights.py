@@ -244,7 +244,7 @@ def fit_pos_embed(module: nn.Module, state_dict: dict[str, Tensor], prefix: str 
     dict, since it is not a weight.
 
     Args:
-        module: A backbone with ``pos_embed``, ``patch_resolution`` and ``interpolate_mode``.
+        module: A backbone with ``num_slots``, ``patch_resolution`` and ``interpolate_mode``.
         state_dict: The weights, changed in place.
         prefix: The prefix of the backbone's own names in it.
 
@@ -261,11 +261,10 @@ def fit_pos_embed(module: nn.Module, state_dict: dict[str, Tensor], prefix: str 
     key = f'{prefix}pos_embed'
     pos_embed = state_dict.get(key)
     target = tuple(module.patch_resolution)
-    # The slot of a class token.
-    extra = module.pos_embed.shape[1] - math.prod(target)
-    if pos_embed is None or pos_embed.dim() != 3 or pos_embed.shape[1] <= extra:
+    slots = module.num_slots  # of a class token
+    if pos_embed is None or pos_embed.dim() != 3 or pos_embed.shape[1] <= slots:
         return
-    tokens = pos_embed.shape[1] - extra
+    tokens = pos_embed.shape[1] - slots
     source = (math.isqrt(tokens),) * 2
     if recorded is not None:
         source = tuple(recorded.tolist())
@@ -291,8 +290,8 @@ def fit_pos_embed(module: nn.Module, state_dict: dict[str, Tensor], prefix: str 
                 else f'{prefix + GRID_KEY} = {source} is not the grid of {tokens} tokens'
             )
         )
-    resized = resize_pos_embed(pos_embed[:, extra:], source, target, module.interpolate_mode)
-    state_dict[key] = torch.cat([pos_embed[:, :extra], resized], dim=1) if extra else resized
+    resized = resize_pos_embed(pos_embed[:, slots:], source, target, module.interpolate_mode)
+    state_dict[key] = torch.cat([pos_embed[:, :slots], resized], dim=1)
 
 
 # --- names of upstream's weights ----------------------------------------------------------------

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 
 import torch
-from mmengine.model import BaseModule, ModuleList
+from mmengine.model import BaseModule
 from mmpretrain.models.selfsup.mae import MAEViT
 from mmpretrain.models.utils import build_2d_sincos_position_embedding
 from mmpretrain.registry import MODELS
@@ -188,7 +188,7 @@ class MAEVRWKVDecoder(BaseModule):
         self.decoder_embed = nn.Linear(embed_dims, decoder_embed_dims)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dims))
         self.decoder_pos_embed = nn.Parameter(torch.zeros(1, num_patches, decoder_embed_dims))
-        self.decoder_blocks = ModuleList(
+        self.decoder_blocks = nn.ModuleList(
             VRWKVLayer(
                 decoder_embed_dims,
                 decoder_depth,

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
 
 import torch
 import torch.nn.functional as F
-from mmengine.model import BaseModule, ModuleList
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..layers import DropPath, PatchEmbed, resize_pos_embed
-from ..layers._checks import check_int, check_rate
-from ..weights import fit_pos_embed, record_grid, require_fit
-from .vrwkv import VRWKV, _image_size
+from ..layers import DropPath
+from ..layers._checks import check_int
+from ._plain import PlainBackbone
 
 # As in DeiT and mmpretrain.
 NORM_EPS = 1e-6
@@ -142,7 +139,7 @@ class ViTLayer(nn.Module):
         return self._forward(x, resolution)
 
 
-class ViT(BaseModule):
+class ViT(PlainBackbone):
     """A plain ViT without a class token, with global or window attention in each layer.
 
     The baseline of the paper's tables 3 and 4. Parameters are named as in mmpretrain's
@@ -196,12 +193,9 @@ class ViT(BaseModule):
         with_cp: bool = False,
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
-        super().__init__(init_cfg)
         check_int('depth', depth, 1)
         check_int('num_heads', num_heads, 1)
         check_int('window_size', window_size, 1)
-        check_rate('drop_rate', drop_rate)
-        check_rate('drop_path_rate', drop_path_rate)
         if embed_dims % num_heads:
             raise ValueError(f'num_heads must divide embed_dims={embed_dims}, got {num_heads}')
         if not set(window_block_indexes) <= set(range(depth)):
@@ -209,29 +203,34 @@ class ViT(BaseModule):
                 f'window_block_indexes must lie in [0, {depth - 1}] for depth={depth}, got '
                 f'{window_block_indexes!r}'
             )
-        self.embed_dims = embed_dims
-        self.depth = depth
-        self.interpolate_mode = interpolate_mode
 
-        self.patch_embed = PatchEmbed(in_channels, embed_dims, patch_size)
-        self.img_size = _image_size(img_size, patch_size)
-        self.patch_resolution = tuple(side // patch_size for side in self.img_size)
-        tokens = math.prod(self.patch_resolution)
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + tokens, embed_dims))
-        self.drop_after_pos = nn.Dropout(drop_rate)
-        self.layers = ModuleList(
-            ViTLayer(
+        def make_layer(layer_id: int, drop_path: float) -> nn.Module:
+            return ViTLayer(
                 embed_dims,
                 num_heads,
                 mlp_ratio=mlp_ratio,
-                drop_path=drop_path_rate * i / max(depth - 1, 1),
+                drop_path=drop_path,
                 init_values=init_values,
-                window_size=window_size if i in window_block_indexes else None,
+                window_size=window_size if layer_id in window_block_indexes else None,
                 with_cp=with_cp,
             )
-            for i in range(depth)
+
+        super().__init__(
+            make_layer,
+            img_size=img_size,
+            patch_size=patch_size,
+            in_channels=in_channels,
+            out_indices=-1,
+            drop_rate=drop_rate,
+            embed_dims=embed_dims,
+            depth=depth,
+            drop_path_rate=drop_path_rate,
+            final_norm=final_norm,
+            interpolate_mode=interpolate_mode,
+            init_cfg=init_cfg,
+            norm_eps=NORM_EPS,
+            class_token_slot=True,
         )
-        self.ln1 = nn.LayerNorm(embed_dims, eps=NORM_EPS) if final_norm else None
         self._reset_parameters()
 
     @torch.no_grad()
@@ -241,60 +240,3 @@ class ViT(BaseModule):
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
-
-    def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Turn images into tokens with their position embedding.
-
-        Args:
-            x: Images of shape ``(B, in_channels, H, W)``.
-
-        Returns:
-            Tokens of shape ``(B, h * w, C)`` in row-major order and their grid ``(h, w)``.
-
-        Raises:
-            TypeError: If the images are not floating point.
-            ValueError: If their rank, channels or size do not fit.
-        """
-        x, resolution = self.patch_embed(x)
-        x = x + resize_pos_embed(
-            self.pos_embed[:, 1:], self.patch_resolution, resolution, self.interpolate_mode
-        )
-        return self.drop_after_pos(x), resolution
-
-    def forward(self, x: Tensor) -> tuple[Tensor]:
-        """Compute the feature map of the last layer.
-
-        Args:
-            x: Images of shape ``(B, in_channels, H, W)``. Pixels beyond the last whole patch are
-                left out.
-
-        Returns:
-            A map of shape ``(B, C, H // patch_size, W // patch_size)``, in a tuple.
-
-        Raises:
-            TypeError: If the images are not floating point.
-            ValueError: If their rank, channels or size do not fit.
-        """
-        x, resolution = self.embed(x)
-        for layer in self.layers:
-            x = layer(x, resolution)
-        if self.ln1 is not None:
-            x = self.ln1(x)
-        # Contiguous: mmcv's RoIAlign reads memory as if every map were.
-        return (x.transpose(1, 2).unflatten(2, resolution).contiguous(),)
-
-    # Both name their parameters alike, so the depths are alike.
-    get_layer_depth = VRWKV.get_layer_depth
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Tensor], prefix: str, *args, **kwargs
-    ) -> None:
-        fit_pos_embed(self, state_dict, prefix)
-        require_fit(self, state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-    def _save_to_state_dict(
-        self, destination: dict[str, Tensor], prefix: str, keep_vars: bool
-    ) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        record_grid(self, destination, prefix)
