@@ -1,4 +1,4 @@
-"""Masked pre-training: encoder and decoder for mmpretrain's ``MAE``, and a backbone to probe."""
+"""Masked pre-training: encoder and decoder for mmpretrain's ``MAE``, and a frozen backbone."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from vrwkv.layers import VRWKVLayer, resize_pos_embed
 from vrwkv.layers._checks import check_choice, check_int, check_number, check_rate
 from vrwkv.weights import LOAD_BACKBONE, require_fit
 
-# Q-Shift needs a grid, which masked tokens do not have.
+# Masked tokens have no grid, so there is no Q-Shift.
 SHIFT_MODES = ('double_shift', 'single_shift', 'none')
 
 
 @MODELS.register_module()
 class MAEVRWKV(VRWKV):
-    """VRWKV as the encoder of MAE: it runs on the patches that the mask keeps, and on no others.
+    """VRWKV as the encoder of MAE: it runs on the patches that the mask keeps.
 
     Implementation of `Masked Autoencoders Are Scalable Vision Learners
     <https://arxiv.org/abs/2111.06377>`_ with `Vision-RWKV <https://arxiv.org/abs/2403.02308>`_
-    (section 4.5, "MAE Pre-training"). Parameters are those of a
-    :class:`~vrwkv.backbones.VRWKV`, which therefore fine-tunes them, with Q-Shift too.
+    (section 4.4, "MAE Pre-training"). The parameters are those of a
+    :class:`~vrwkv.backbones.VRWKV`, which fine-tunes them, also with Q-Shift.
 
     Args:
         img_size: Side of the images in pixels, a multiple of ``patch_size``. Masked images must
@@ -37,15 +37,15 @@ class MAEVRWKV(VRWKV):
         mask_ratio: Fraction of the patches to mask, in [0, 1).
         shift_mode: The token shift: ``'double_shift'``, ``'single_shift'`` (as in upstream's code)
             or ``'none'``.
-        shuffle: Whether the kept patches come in random order, as in upstream's code, and not in
-            the order of the image, in which the shift and the decay meet them when fine-tuning.
-        pos_embed_twice: Whether to add the position embedding twice, as upstream's code does.
-            Only for its weights.
+        shuffle: Whether the kept patches have a random order, as in upstream's code, and not the
+            order of the image, which they have in fine-tuning.
+        pos_embed_twice: Whether to add the position embedding twice, as upstream's code does. For
+            upstream's weights only.
         **kwargs: Further arguments of :class:`~vrwkv.backbones.VRWKV`.
 
     Raises:
         TypeError: If an argument has a wrong type.
-        ValueError: If an argument is out of its range, or no patch would be kept.
+        ValueError: If an argument is out of its range, or if the mask would keep no patch.
     """
 
     random_masking = MAEViT.random_masking
@@ -83,12 +83,12 @@ class MAEVRWKV(VRWKV):
         self.pos_embed_twice = pos_embed_twice
 
     def init_weights(self) -> None:
-        """Start from 2-d sine-cosine positions and Xavier-uniform linear layers, as MAE does."""
+        """Set 2-d sine-cosine positions and Xavier-uniform linear layers, as MAE does."""
         super().init_weights()
         if isinstance(self.init_cfg, Mapping) and self.init_cfg['type'] == 'Pretrained':
             return
         _init_linears(self)
-        # Also a linear layer, of flattened patches.
+        # The projection is a linear layer of flattened patches.
         nn.init.xavier_uniform_(self.patch_embed.projection.weight.data.flatten(1))
         _init_pos_embed(self.pos_embed)
 
@@ -104,17 +104,18 @@ class MAEVRWKV(VRWKV):
     def forward(
         self, x: Tensor, mask: bool | None = True
     ) -> tuple[Tensor, Tensor, Tensor] | tuple[Tensor, ...]:
-        """Encode the patches that a new random mask keeps, or all of them.
+        """Encode all patches, or those that a new random mask keeps.
 
         Args:
             x: Images of shape ``(B, in_channels, H, W)``.
-            mask: Whether to mask.
+            mask: Whether to draw a mask.
 
         Returns:
-            With a mask the features of the ``K`` kept patches, of shape ``(B, K, C)``; the mask of
-            shape ``(B, L)``, 1 where one of the ``L`` patches is removed; and the indices, of
-            shape ``(B, L)``, that bring kept patches followed by removed ones back into the order
-            of the image. Otherwise feature maps, as :meth:`vrwkv.backbones.VRWKV.forward`.
+            With a mask: the features of the ``K`` kept patches, of shape ``(B, K, C)``; the mask of
+            shape ``(B, L)``, 1 for each of the ``L`` patches that is removed; and the indices, of
+            shape ``(B, L)``, that restore the order of the image from the kept patches followed by
+            the removed ones. Without a mask: feature maps, as from
+            :meth:`vrwkv.backbones.VRWKV.forward`.
 
         Raises:
             TypeError: If the images are not floating point.
@@ -142,7 +143,7 @@ class MAEVRWKV(VRWKV):
 
 @MODELS.register_module()
 class MAEVRWKVDecoder(BaseModule):
-    """Decoder of MAE made of VRWKV layers: it predicts the pixels of every patch.
+    """The decoder of MAE with VRWKV layers: it predicts the pixels of every patch.
 
     Parameters are named as in upstream's code.
 
@@ -203,7 +204,7 @@ class MAEVRWKVDecoder(BaseModule):
         self.decoder_pred = nn.Linear(decoder_embed_dims, patch_size**2 * in_channels)
 
     def init_weights(self) -> None:
-        """Start from 2-d sine-cosine positions and Xavier-uniform linear layers, as MAE does."""
+        """Set 2-d sine-cosine positions and Xavier-uniform linear layers, as MAE does."""
         super().init_weights()
         if isinstance(self.init_cfg, Mapping) and self.init_cfg['type'] == 'Pretrained':
             return
@@ -212,18 +213,18 @@ class MAEVRWKVDecoder(BaseModule):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, x: Tensor, ids_restore: Tensor) -> Tensor:
-        """Predict the pixels of all patches from the features of those kept.
+        """Predict the pixels of all patches from the features of the kept ones.
 
         Args:
             x: The encoder's features of the kept patches, of shape ``(B, K, embed_dims)``.
-            ids_restore: The indices, of shape ``(B, L)``, that bring kept patches followed by
-                removed ones back into the order of the image.
+            ids_restore: The indices, of shape ``(B, L)``, that restore the order of the image from
+                the kept patches followed by the removed ones.
 
         Returns:
             Predictions of shape ``(B, L, patch_size ** 2 * in_channels)``.
 
         Raises:
-            ValueError: If ``L`` is not ``num_patches``, or nothing is masked in training.
+            ValueError: If ``L`` is not ``num_patches``, or if no patch is masked in training.
         """
         length, num_patches = ids_restore.shape[1], self.decoder_pos_embed.shape[1]
         if length != num_patches:
@@ -233,8 +234,8 @@ class MAEVRWKVDecoder(BaseModule):
             )
         if self.training and x.shape[1] == length:
             raise ValueError(
-                'the mask keeps every patch, so that there is none to learn from: train with a '
-                'mask_ratio above 0'
+                'the mask keeps every patch, so the loss has no pixels: train with a mask_ratio '
+                'above 0'
             )
         x = self.decoder_embed(x)
         masked = self.mask_token.expand(x.shape[0], length - x.shape[1], -1)
@@ -253,7 +254,7 @@ class MAEVRWKVDecoder(BaseModule):
 
 @MODELS.register_module()
 class FrozenVRWKV(VRWKV):
-    """A VRWKV that does not learn, for linear probing.
+    """A VRWKV whose weights are not trained, for linear probing.
 
     Args:
         *args: As for :class:`~vrwkv.backbones.VRWKV`.
@@ -265,12 +266,12 @@ class FrozenVRWKV(VRWKV):
         self.requires_grad_(False)
 
     def train(self, mode: bool = True) -> FrozenVRWKV:
-        """Stay in evaluation mode, whatever ``mode``: without dropout and drop path."""
+        """Keep evaluation mode, without dropout and drop path; ``mode`` is ignored."""
         return super().train(False)
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
-    """Pick tokens: ``x[b, index[b]]``, of shape ``(B, *index.shape[1:], C)``."""
+    """Select tokens: ``x[b, index[b]]``, of shape ``(B, *index.shape[1:], C)``."""
     return x.gather(1, index.unsqueeze(2).expand(-1, -1, x.shape[2]))
 
 

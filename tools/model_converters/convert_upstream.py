@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Write a checkpoint of upstream's Vision-RWKV as a lean file of the weights alone.
+"""Convert a checkpoint of upstream's Vision-RWKV to a small file with the weights alone.
 
-Classification, detection, segmentation and masked pre-training (MAE) are told apart by the names
-of the weights. The configs here load upstream's files as they are, but those of MAE, whose names
-differ; a converted file is smaller, and a .safetensors file loads without unpickling.
+Classification, detection, segmentation and masked pre-training (MAE) are recognised by the names
+of the weights. The configs of this project load upstream's files without conversion, except for
+MAE, whose names differ. A converted file is smaller, and a .safetensors file needs no unpickling.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from vrwkv.weights import (
 
 
 def take_weights(checkpoint: Mapping, ema: bool) -> dict[str, Tensor]:
-    """Pick a checkpoint's weights and give them the names that they have here."""
+    """Return a checkpoint's weights under this project's names."""
     if ema and 'model_ema' not in checkpoint:
         raise CheckpointError(
             f"--ema: the checkpoint has no 'model_ema', only {', '.join(map(str, checkpoint))}"
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument(
         '--ema',
         action='store_true',
-        help="take the moving average ('model_ema') where the file has both; default: 'model'",
+        help="use the moving average ('model_ema') if the file has both; default: 'model'",
     )
     args = parser.parse_args()
     try:

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Reduce a classifier's head to some of its classes, to fine-tune or to use it for those.
+"""Reduce a classifier's head to some of its classes, for fine-tuning or for use.
 
-VRWKV-Large of ImageNet-22K is fine-tuned for ImageNet-1K from the rows of the 1,000 classes in its
-head of 21,841. Classes are given as a folder that has one folder for each, or as a text file with
-an id at the start of each line. Both lists are sorted, as data sets number their classes.
+For example, upstream fine-tunes VRWKV-Large of ImageNet-22K on ImageNet-1K with 1,000 of its 21,841
+rows. A list of classes is a folder with a folder for each class, or a UTF-8 text file with an id at
+the start of each line. Both lists are sorted, since data sets number their classes in this order.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main() -> None:
         save_weights(subset_head(weights, classes, subset), args.dst)
     except (CheckpointError, OSError, ValueError) as error:
         raise SystemExit(f'error: {error}') from error
-    print(f'{args.dst}: a head of {len(subset)} classes of {len(classes)}')
+    print(f'{args.dst}: a head with {len(subset)} of {len(classes)} classes')
 
 
 if __name__ == '__main__':

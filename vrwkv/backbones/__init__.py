@@ -1,6 +1,6 @@
 """The backbones.
 
-The adapters need mmcv with its compiled operators, so they are imported when first asked for.
+The adapters need mmcv, so they are imported at their first use.
 """
 
 from importlib import import_module

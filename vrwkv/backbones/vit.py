@@ -1,4 +1,4 @@
-"""A plain ViT, which the paper compares with in detection and segmentation."""
+"""A plain ViT, the paper's baseline in detection and segmentation."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from collections.abc import Collection, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from ..layers import DropPath
+from ..layers import ResidualLayer
 from ..layers._checks import check_int
 from ._plain import PlainBackbone
 
@@ -22,7 +21,7 @@ class Attention(nn.Module):
     """Multi-head self-attention over all tokens of an image or within square windows.
 
     Queries, keys and values are padded with zeros at the bottom and at the right to whole windows.
-    The padding is attended to, as in ViT-Adapter.
+    Tokens attend to the padding too, as in ViT-Adapter.
 
     Args:
         embed_dims: Channels of a token, C.
@@ -75,7 +74,7 @@ def _from_windows(x: Tensor, size: int, resolution: tuple[int, int]) -> Tensor:
     return x[:, :height, :width]
 
 
-class ViTLayer(nn.Module):
+class ViTLayer(ResidualLayer):
     """A pre-norm transformer layer with optional layer scale.
 
     Args:
@@ -83,7 +82,7 @@ class ViTLayer(nn.Module):
         num_heads: Number of heads.
         mlp_ratio: Hidden channels of the feed-forward network per channel.
         drop_path: Probability of dropping a residual branch.
-        init_values: Start of the layer scales, or None for no layer scale.
+        init_values: Initial value of the layer scales, or None for no layer scale.
         window_size: Side of the attention windows in tokens; None for global attention.
         with_cp: Whether to recompute the layer in the backward pass to save memory.
     """
@@ -98,8 +97,7 @@ class ViTLayer(nn.Module):
         window_size: int | None = None,
         with_cp: bool = False,
     ) -> None:
-        super().__init__()
-        self.with_cp = with_cp
+        super().__init__(embed_dims, drop_path, init_values, with_cp)
         hidden_dims = int(embed_dims * mlp_ratio)
         self.ln1 = nn.LayerNorm(embed_dims, eps=NORM_EPS)
         self.attn = Attention(embed_dims, num_heads, window_size)
@@ -110,12 +108,6 @@ class ViTLayer(nn.Module):
             nn.Linear(hidden_dims, embed_dims),
         )
         self.ffn = nn.Sequential(OrderedDict(layers=mlp))
-        self.drop_path = DropPath(drop_path)
-        for name in ('gamma1', 'gamma2'):
-            gamma = None
-            if init_values is not None:
-                gamma = nn.Parameter(torch.full((embed_dims,), float(init_values)))
-            self.register_parameter(name, gamma)
 
     def _residual(self, x: Tensor, y: Tensor, gamma: Tensor | None) -> Tensor:
         return x + self.drop_path(y if gamma is None else gamma * y)
@@ -124,28 +116,14 @@ class ViTLayer(nn.Module):
         x = self._residual(x, self.attn(self.ln1(x), resolution), self.gamma1)
         return self._residual(x, self.ffn(self.ln2(x)), self.gamma2)
 
-    def forward(self, x: Tensor, resolution: tuple[int, int]) -> Tensor:
-        """Run the layer.
-
-        Args:
-            x: Tokens of shape ``(B, T, C)``.
-            resolution: Their grid ``(H, W)`` with ``H * W == T``.
-
-        Returns:
-            A tensor of the shape of ``x``.
-        """
-        if self.with_cp and torch.is_grad_enabled():
-            return checkpoint(self._forward, x, resolution, use_reentrant=False)
-        return self._forward(x, resolution)
-
 
 class ViT(PlainBackbone):
     """A plain ViT without a class token, with global or window attention in each layer.
 
     The baseline of the paper's tables 3 and 4. Parameters are named as in mmpretrain's
-    ``VisionTransformer``, so that its DeiT and ViT weights load; the class token's slot in
-    ``pos_embed`` is kept for them, but not used. Loading resizes the position embedding where the
-    grids differ, and raises an error where the weights are another model's.
+    ``VisionTransformer``, so that its DeiT and ViT weights load; for them ``pos_embed`` has the
+    slot of a class token, which is not used. Loading weights resizes the position embedding if the
+    grids differ, and raises an error if the weights are those of another model.
 
     Args:
         img_size: Height and width of the training images in pixels, or one number for both.
@@ -159,8 +137,8 @@ class ViT(PlainBackbone):
         mlp_ratio: Hidden channels of the feed-forward networks per channel.
         drop_path_rate: Stochastic depth of the last layer, in [0, 1]; it rises linearly from 0 in
             the first one.
-        init_values: Start of the layer scales, or None for no layer scale. At 1 weights that were
-            trained without one keep their meaning.
+        init_values: Initial value of the layer scales, or None for no layer scale. With 1, weights
+            that were trained without layer scale give the same outputs.
         window_size: Side of the attention windows in tokens.
         window_block_indexes: Layers with window attention, from 0; the others have global
             attention.

@@ -35,11 +35,11 @@ class VRWKV(PlainBackbone):
         shift_pixel: Distance of the token shift in tokens. 0 is ``shift_mode='none'``.
         shift_mode: The token shift: ``'q_shift'``, ``'single_shift'``, ``'double_shift'`` or
             ``'none'``, see :class:`~vrwkv.layers.TokenShift`.
-        init_mode: How decay, bonus and mixes start: ``'fancy'``, ``'local'`` or ``'global'``, see
-            :class:`~vrwkv.layers.SpatialMix`.
+        init_mode: Initial values of decay, bonus and mixes: ``'fancy'``, spread over layers and
+            channels; ``'local'``, all ones; ``'global'``, no decay and no bonus, even mixes.
         post_norm: Whether to normalise after, and not before, each sub-layer.
         key_norm: Whether to normalise inside the sub-layers.
-        init_values: Start of the layer scales, or None for no layer scale.
+        init_values: Initial value of the layer scales, or None for no layer scale.
         hidden_rate: Hidden channels of the channel mix per channel.
         final_norm: Whether to normalise the output of the last layer.
         interpolate_mode: How the position embedding is resized: ``'bicubic'`` or ``'bilinear'``.

@@ -30,7 +30,7 @@ with explain_missing('the adapter', extra='detection', brings=('mmcv',)):
 FUSE_MODES = ('last', 'stages')
 PATCH_SIZE = 16
 SIZE_DIVISOR = 32
-# Of the parameters that a plain backbone has, too.
+# First parts of the names of the parameters that a plain backbone has, too.
 BACKBONE_NAMES = ('pos_embed', 'patch_embed.', 'layers.')
 
 
@@ -39,40 +39,39 @@ class AdapterMixin:
 
     The `ViT-Adapter <https://arxiv.org/abs/2205.08534>`_: a convolutional spatial prior and the
     backbone's tokens exchange features by deformable attention several times over the depth. Put
-    it before the backbone among the bases of a class. The backbone must take ``img_size``,
-    ``patch_size``, ``embed_dims``, ``depth``, ``drop_path_rate``, ``with_cp``, ``out_indices`` and
-    ``final_norm``, and have ``embed``, which returns tokens and their grid, ``layers``, each called
-    with the tokens and their grid, and ``patch_embed``, ``pos_embed`` and ``drop_after_pos``.
+    it before the backbone among the bases of a class. The backbone is a ``PlainBackbone``, such as
+    VRWKV and ViT, and takes ``with_cp``, too.
 
     Args:
         pretrain_size: The released configs' name for ``img_size``; one of the two is enough.
         conv_inplane: Channels of the first convolutions of the spatial prior.
         n_points: Points that each query samples in each head and level of deformable attention.
         deform_num_heads: Heads of deformable attention.
-        init_values_inject: Start of the injectors' scales; at 0 the backbone begins undisturbed.
+        init_values_inject: Initial value of the injectors' scales. With 0, the injectors change
+            nothing at first.
         interaction_indexes: First and last layer, from 0, of each interaction, such as ``[[0, 2],
-            [3, 5], [6, 8], [9, 11]]``. Together they hold every layer once, in order. None for
-            four runs of equal length.
+            [3, 5], [6, 8], [9, 11]]``: every layer once, in order. None for four interactions of
+            equal length.
         with_cffn: Whether extractors have a feed-forward network.
         cffn_ratio: Hidden channels of that network per channel.
         deform_ratio: Channels of the values in deformable attention per channel.
         add_rwkv_feature: Whether to add the backbone's features to the output maps.
         use_extra_extractor: Whether the last interaction has two more extractors.
-        fuse: Which of the backbone's features are added: ``'last'``, those of the last layer to
-            all four maps, as upstream does for detection; ``'stages'``, those after interaction n
-            to map n, as upstream does for segmentation, which needs four interactions.
+        fuse: The features of the backbone that are added: ``'last'``, the features of the last
+            layer to all four maps, as in upstream's detection; ``'stages'``, the features after
+            interaction n to map n, as in upstream's segmentation; this needs four interactions.
         norm_cfg: Config of the norm layers in the spatial prior and after the four maps; None for
             ``dict(type='SyncBN')``. SyncBN is plain batch norm in a single process, on a CPU too;
             with several processes it needs GPUs, where ``dict(type='BN')`` does not.
-        frozen_stages: What is kept from training: -1 nothing, 0 the patch and position embedding,
-            n also the first n layers. They stay in evaluation mode.
+        frozen_stages: The parts that are not trained and stay in evaluation mode: -1 none, 0 the
+            patch and position embedding, n the first n layers, too.
         **kwargs: The backbone's arguments. ``drop_path_rate`` rises linearly over its layers;
             the extractors' networks use the full rate. ``with_cp`` covers injectors and
             extractors too.
 
     Raises:
         TypeError: If an argument has a wrong type.
-        ValueError: If an argument is out of its range or does not go with another.
+        ValueError: If an argument is out of its range or does not fit another one.
     """
 
     def __init__(
@@ -138,8 +137,8 @@ class AdapterMixin:
                 batch_first=True,
                 value_proj_ratio=deform_ratio,
             )
-            # Under mixed precision mmcv would round the sampling points to the values' type:
-            # keep the sampling in float32, and return to the weights' type after it.
+            # In mixed precision mmcv would round the sampling points to the values' dtype: sample
+            # in float32, then return to the dtype of the weights.
             attn.value_proj.register_forward_hook(_to_float32)
             attn.output_proj.register_forward_pre_hook(_to_weight_dtype)
             return attn
@@ -235,7 +234,7 @@ class AdapterMixin:
         return tuple(norm(m.contiguous()) for norm, m in zip(norms, maps, strict=True))
 
     def train(self, mode: bool = True) -> AdapterMixin:
-        """Set training mode, save for what is frozen."""
+        """Set the mode of all parts but the frozen ones."""
         super().train(mode)
         self._freeze_stages()
         return self
@@ -264,18 +263,18 @@ class VRWKVAdapter(AdapterMixin, VRWKV):
 
     It takes the arguments of :class:`AdapterMixin` and of :class:`~vrwkv.backbones.VRWKV`, all by
     name, but neither ``out_indices`` nor ``final_norm``, and returns maps at strides 4, 8, 16 and
-    32. Parameters are named as in the released weights, which it loads strictly; weights of a
-    classifier's VRWKV load too and leave the adapter's own as they start.
+    32. Parameters are named as in the released weights. The weights of a classifier's VRWKV load,
+    too; the adapter's own parameters then keep their initial values.
     """
 
 
 def _check_backbone_arguments(kwargs: dict) -> None:
-    """Refuse those of the backbone's arguments that mean nothing in an adapter."""
+    """Raise an error for arguments of the backbone that an adapter does not have."""
     for name in ('out_indices', 'final_norm'):
         if name in kwargs:
             raise TypeError(
-                f'an adapter takes no {name}: it returns four maps, each with a norm layer of '
-                f'its own, got {name}={kwargs[name]!r}'
+                f'an adapter has no {name}: it returns four maps, each with its own norm layer, '
+                f'got {name}={kwargs[name]!r}'
             )
     if kwargs.get('patch_size', PATCH_SIZE) != PATCH_SIZE:
         raise ValueError(
@@ -289,7 +288,7 @@ def _pair(size: int | Sequence[int]) -> tuple[int, ...]:
 
 
 def _check_heads(embed_dims: int, num_heads: int, ratio: float) -> None:
-    """Require heads that divide the channels of queries and of values."""
+    """Require a number of heads that divides the channels of queries and of values."""
     check_int('deform_num_heads', num_heads, 1)
     value_dims = int(embed_dims * ratio)
     if embed_dims % num_heads or value_dims % num_heads or value_dims < 1:
@@ -303,7 +302,7 @@ def _check_heads(embed_dims: int, num_heads: int, ratio: float) -> None:
 def _interaction_indexes(
     indexes: Sequence[Sequence[int]] | None, depth: int
 ) -> tuple[tuple[int, int], ...]:
-    """Require pairs (first, last) that hold each layer once, in order."""
+    """Require pairs (first, last) that cover each layer once, in order."""
     if indexes is None:
         if depth % 4:
             raise ValueError(

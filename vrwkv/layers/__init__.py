@@ -1,9 +1,10 @@
-"""The layers that VRWKV models are made of."""
+"""The layers of the VRWKV models."""
 
 from .drop_path import DropPath
 from .mix import INIT_MODES, ChannelMix, SpatialMix
 from .patch_embed import PatchEmbed
 from .position_embedding import resize_pos_embed
+from .residual import ResidualLayer
 from .token_shift import SHIFT_MODES, TokenShift
 from .vrwkv_layer import VRWKVLayer
 
@@ -13,6 +14,7 @@ __all__ = [
     'ChannelMix',
     'DropPath',
     'PatchEmbed',
+    'ResidualLayer',
     'SpatialMix',
     'TokenShift',
     'VRWKVLayer',

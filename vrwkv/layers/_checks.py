@@ -1,4 +1,4 @@
-"""Checks of constructor arguments, so that a mistake is named where it is made."""
+"""Checks of constructor arguments, with errors that name the argument."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 
     Args:
         name: The argument's name, for the message.
-        value: What was given.
-        choices: What is accepted.
+        value: The given value.
+        choices: The accepted strings.
 
     Raises:
-        ValueError: If ``value`` is none of ``choices``; the message suggests the nearest.
+        ValueError: If ``value`` is not among ``choices``. The message suggests a similar one.
     """
     if value in choices:
         return
@@ -30,7 +30,7 @@ def check_int(name: str, value: object, minimum: int) -> None:
 
     Args:
         name: The argument's name, for the message.
-        value: What was given.
+        value: The given value.
         minimum: The smallest accepted value.
 
     Raises:
@@ -48,7 +48,7 @@ def check_number(name: str, value: object) -> None:
 
     Args:
         name: The argument's name, for the message.
-        value: What was given.
+        value: The given value.
 
     Raises:
         TypeError: If ``value`` is not a number.
@@ -62,7 +62,7 @@ def check_rate(name: str, value: object) -> None:
 
     Args:
         name: The argument's name, for the message.
-        value: What was given.
+        value: The given value.
 
     Raises:
         TypeError: If ``value`` is not a number.
@@ -74,7 +74,7 @@ def check_rate(name: str, value: object) -> None:
 
 
 def check_channel_gamma(channel_gamma: object, embed_dims: int) -> None:
-    """Require a fraction that leaves each group of a token shift at least a channel.
+    """Require a fraction with which each group of a token shift has at least one channel.
 
     Args:
         channel_gamma: Fraction of the channels in each of the (up to four) groups.

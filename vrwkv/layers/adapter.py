@@ -19,11 +19,12 @@ ADAPTER_NORM_EPS = 1e-6
 def init_adapter_weights(module: nn.Module) -> None:
     """Set the initial values of a convolution or linear layer of the adapter.
 
-    Convolutions, transposed ones too, start normal with variance 2 / fan_out, linear layers
-    truncated-normal with standard deviation 0.02, biases at 0. For :meth:`torch.nn.Module.apply`.
+    The weights of convolutions, transposed ones too, are normal with variance 2 / fan_out, those of
+    linear layers truncated normal with standard deviation 0.02; biases are 0. For
+    :meth:`torch.nn.Module.apply`.
 
     Args:
-        module: A module; anything but those two kinds is left as it is.
+        module: A module. Modules of other kinds are not changed.
     """
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
         fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
@@ -37,13 +38,13 @@ def init_adapter_weights(module: nn.Module) -> None:
 
 
 class DeformableInputs(NamedTuple):
-    """What deformable attention must know of the geometry, under mmcv's names.
+    """The geometry for deformable attention, under mmcv's names.
 
     Attributes:
-        reference_points: Where each query lies, of shape ``(1, queries, 1, 2)``: x and y as
+        reference_points: The position of each query, of shape ``(1, queries, 1, 2)``: x and y as
             fractions of the image.
         spatial_shapes: Height and width of each map of values, of shape ``(levels, 2)``.
-        level_start_index: Where each map starts among the values, of shape ``(levels,)``.
+        level_start_index: The index of each map's first value, of shape ``(levels,)``.
     """
 
     reference_points: Tensor
@@ -62,12 +63,12 @@ class DeformableInputs(NamedTuple):
         Args:
             query_grids: Height and width of each map of queries.
             value_grids: Height and width of each map of values.
-            like: A tensor on the device that is wanted; points are of its dtype, at least float32.
+            like: A tensor on the same device; the points have its dtype, but at least float32.
 
         Returns:
             The description.
         """
-        # Half precision could not tell neighbouring points of a large map apart.
+        # In half precision, neighbouring points of a large map would be equal.
         dtype = torch.promote_types(like.dtype, torch.float32)
         options = dict(dtype=dtype, device=like.device)
         points = []
@@ -89,12 +90,12 @@ class DeformableInputs(NamedTuple):
 class SpatialPriorModule(nn.Module):
     """Convolutional features of the image at strides 4, 8, 16 and 32.
 
-    The spatial prior module of `ViT-Adapter <https://arxiv.org/abs/2205.08534>`_, section 3.3.
+    The spatial prior module of `ViT-Adapter <https://arxiv.org/abs/2205.08534>`_.
 
     Args:
         inplane: Channels of the first convolutions; deeper ones have up to four times as many.
         embed_dims: Channels of the feature maps, C.
-        norm_layer: Makes a norm layer for a number of channels.
+        norm_layer: Returns a norm layer for a number of channels.
         in_channels: Channels of the image.
     """
 
@@ -143,7 +144,7 @@ class SpatialPriorModule(nn.Module):
 
 
 class TokenMapsDWConv(nn.Module):
-    """A depth-wise 3x3 convolution on the three token maps of the adapter, one after the other.
+    """A depth-wise 3x3 convolution on each of the three token maps of the adapter.
 
     Args:
         channels: Channels of a token.
@@ -203,13 +204,14 @@ class ConvFFN(nn.Module):
 class Injector(nn.Module):
     """Bring the spatial prior into the backbone's tokens by deformable attention.
 
-    ``x + gamma * attn(norm(x), norm(c))`` (ViT-Adapter, section 3.4).
+    ``x + gamma * attn(norm(x), norm(c))`` (ViT-Adapter, "Spatial Feature
+    Injector").
 
     Args:
         embed_dims: Channels of a token, C.
         attn: Deformable attention with the interface of mmcv's ``MultiScaleDeformableAttention``,
             ``batch_first=True`` and a level for each map of the spatial prior.
-        init_values: Start of ``gamma``. At 0 the backbone begins undisturbed.
+        init_values: Initial value of ``gamma``. With 0, the injector changes nothing at first.
         with_cp: Whether to recompute in the backward pass to save memory.
     """
 
@@ -231,7 +233,7 @@ class Injector(nn.Module):
         attn = self.attn(
             query=self.query_norm(x),
             value=self.feat_norm(c),
-            # mmcv adds the query unless told otherwise.
+            # Without an identity mmcv adds the query.
             identity=x.new_zeros(()),
             **geometry._asdict(),
         )
@@ -243,7 +245,7 @@ class Injector(nn.Module):
         Args:
             x: The backbone's tokens, of shape ``(B, T, C)``, the queries.
             c: The tokens of the spatial prior, of shape ``(B, S, C)``, the values.
-            geometry: Where both lie.
+            geometry: The positions of queries and values.
 
         Returns:
             A tensor of the shape of ``x``.
@@ -256,8 +258,8 @@ class Injector(nn.Module):
 class Extractor(nn.Module):
     """Bring the backbone's tokens into the spatial prior by deformable attention.
 
-    ``c + attn(norm(c), norm(x))``, then a :class:`ConvFFN` with a residual (ViT-Adapter, section
-    3.5).
+    ``c + attn(norm(c), norm(x))``, then a :class:`ConvFFN` with a residual (ViT-Adapter,
+    "Multi-Scale Feature Extractor").
 
     Args:
         embed_dims: Channels of a token, C.
@@ -268,7 +270,7 @@ class Extractor(nn.Module):
         with_cp: Whether to recompute in the backward pass to save memory.
 
     Raises:
-        ValueError: If ``cffn_ratio`` leaves no hidden channel.
+        ValueError: If ``cffn_ratio`` is too small for one hidden channel.
     """
 
     def __init__(
@@ -302,7 +304,7 @@ class Extractor(nn.Module):
         c = self.attn(
             query=self.query_norm(c),
             value=self.feat_norm(x),
-            # mmcv would add the normalised query.
+            # Without an identity mmcv adds the normalised query.
             identity=c,
             **geometry._asdict(),
         )
@@ -318,7 +320,7 @@ class Extractor(nn.Module):
         Args:
             c: The tokens of the spatial prior, of shape ``(B, S, C)``, the queries.
             x: The backbone's tokens, of shape ``(B, T, C)``, the values.
-            geometry: Where both lie.
+            geometry: The positions of queries and values.
             grids: Height and width of each map of the spatial prior.
 
         Returns:
@@ -335,7 +337,7 @@ class InteractionBlock(nn.Module):
     Args:
         injector: Brings the spatial prior into the tokens, before the layers.
         extractor: Brings the tokens into the spatial prior, after the layers.
-        extra_extractors: More of them, which the last block has.
+        extra_extractors: Further extractors, in the last block only.
     """
 
     def __init__(
@@ -364,8 +366,8 @@ class InteractionBlock(nn.Module):
             layers: The backbone's layers; each is called with the tokens and their grid.
             resolution: The grid ``(H, W)`` of ``x``.
             grids: Height and width of each map of ``c``.
-            inject_geometry: Where ``x`` lies as queries and ``c`` as values.
-            extract_geometry: Where ``c`` lies as queries and ``x`` as values.
+            inject_geometry: The positions of ``x`` as queries and ``c`` as values.
+            extract_geometry: The positions of ``c`` as queries and ``x`` as values.
 
         Returns:
             The new ``x`` and ``c``.

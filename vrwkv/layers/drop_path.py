@@ -10,8 +10,9 @@ from ._checks import check_rate
 class DropPath(nn.Module):
     """Drop a residual branch for whole samples, as in `Deep Networks with Stochastic Depth`_.
 
-    In training each sample of the batch is zeroed with probability ``drop_prob`` and the others
-    are divided by ``1 - drop_prob``, so that the expectation stays. In evaluation nothing happens.
+    In training each sample of the batch is set to zero with probability ``drop_prob``, and the
+    others are divided by ``1 - drop_prob``, which keeps the expectation. In evaluation the input is
+    returned.
 
     Args:
         drop_prob: Probability in [0, 1] with which a sample's branch is dropped.
@@ -29,7 +30,7 @@ class DropPath(nn.Module):
         self.drop_prob = drop_prob
 
     def forward(self, x: Tensor) -> Tensor:
-        """Drop samples along the first dimension of ``x``; the shape is kept."""
+        """Drop samples along the first dimension of ``x``; returns a tensor of its shape."""
         if self.drop_prob == 0 or not self.training:
             return x
         keep_prob = 1 - self.drop_prob
@@ -39,5 +40,5 @@ class DropPath(nn.Module):
         return x * mask
 
     def extra_repr(self) -> str:
-        """Show the rate where the module is printed."""
+        """Return the part of the module's printed form that shows the rate."""
         return f'drop_prob={self.drop_prob:.3g}'

@@ -16,23 +16,39 @@ INIT_MODES = ('fancy', 'local', 'global')
 
 
 class _Mix(nn.Module):
-    """What both sub-layers share: the token shift, its mixes and their initial values."""
+    """The base of both sub-layers: the token shift, its mixes and their initial values.
+
+    Args:
+        embed_dims: Channels of a token, C.
+        depth: Number of layers in the stack, for the initial values.
+        layer_id: Index of this layer in the stack, from 0.
+        mixes: Names of the mix parameters.
+        shift_mode: The token shift, see :class:`TokenShift`.
+        shift_pixel: Distance of the shift in tokens.
+        channel_gamma: Fraction of the channels in each group of the shift.
+        init_mode: Initial values of decay, bonus and mixes: ``'fancy'``, spread over layers and
+            channels; ``'local'``, all ones; ``'global'``, no decay and no bonus, even mixes.
+
+    Raises:
+        TypeError: If an argument of the shift has a wrong type.
+        ValueError: If ``init_mode`` is unknown or an argument of the shift is out of its range.
+    """
 
     def __init__(
         self,
         embed_dims: int,
         depth: int,
         layer_id: int,
-        shift_mode: str,
-        shift_pixel: int,
-        channel_gamma: float | None,
-        init_mode: str,
         mixes: tuple[str, ...],
+        shift_mode: str = 'q_shift',
+        shift_pixel: int = 1,
+        channel_gamma: float | None = 1 / 4,
+        init_mode: str = 'fancy',
     ) -> None:
         super().__init__()
         check_choice('init_mode', init_mode, INIT_MODES)
         self.init_mode = init_mode
-        # Layer l of L: l / (L - 1), how far up it is, and 1 - l / L, what is left of the stack.
+        # Layer l of L: its relative height l / (L - 1), and 1 - l / L, the rest of the stack.
         self.height = layer_id / max(depth - 1, 1)
         self.remainder = 1 - layer_id / depth
         self.shift = TokenShift(embed_dims, shift_mode, shift_pixel, channel_gamma)
@@ -41,7 +57,7 @@ class _Mix(nn.Module):
             self.register_parameter(name, mix)
 
     def _init_mix(self, mix: nn.Parameter | None, exponent: float, offset: float = 0.0) -> None:
-        """Set a mix: ``(c / C) ** exponent + offset`` for channel c of C if fancy."""
+        """Set a mix; if fancy, to ``(c / C) ** exponent + offset`` for channel c of C."""
         if mix is None:
             return
         if self.init_mode == 'fancy':
@@ -60,20 +76,17 @@ class SpatialMix(_Mix):
     """Attention in linear time: token shift, Bi-WKV, gate (paper, equations 1, 2 and 5).
 
     ``output(sigmoid(receptance(x_r)) * norm(bi_wkv(key(x_k), value(x_v))))``. The decay and the
-    bonus are divided by the number of tokens: equation 5, save that the paper does not divide the
-    bonus, which upstream's code does and released weights depend on.
+    bonus are divided by the number of tokens. Equation 5 divides only the decay; upstream's code
+    divides both, and the released weights depend on it.
 
     Args:
         embed_dims: Channels of a token, C.
         depth: Number of layers in the stack, for the initial values.
         layer_id: Index of this layer in the stack, from 0.
-        shift_mode: The token shift, see :class:`TokenShift`.
-        shift_pixel: Distance of the shift in tokens.
-        channel_gamma: Fraction of the channels in each group of the shift.
-        init_mode: How decay, bonus and mixes start: ``'fancy'``, spread over layers and channels;
-            ``'local'``, all ones; ``'global'``, no decay and no bonus, even mixes.
         key_norm: Whether to normalise the result of Bi-WKV.
         causal: Whether a token sees only itself and the tokens before it.
+        **kwargs: The shift and the initial values: ``shift_mode``, ``shift_pixel``,
+            ``channel_gamma`` and ``init_mode``, see :class:`VRWKV <vrwkv.backbones.VRWKV>`.
 
     Raises:
         TypeError: If an argument of the shift has a wrong type.
@@ -85,23 +98,13 @@ class SpatialMix(_Mix):
         embed_dims: int,
         depth: int,
         layer_id: int,
-        shift_mode: str = 'q_shift',
-        shift_pixel: int = 1,
-        channel_gamma: float | None = 1 / 4,
-        init_mode: str = 'fancy',
+        *,
         key_norm: bool = False,
         causal: bool = False,
+        **kwargs,
     ) -> None:
-        super().__init__(
-            embed_dims,
-            depth,
-            layer_id,
-            shift_mode,
-            shift_pixel,
-            channel_gamma,
-            init_mode,
-            mixes=('spatial_mix_k', 'spatial_mix_v', 'spatial_mix_r'),
-        )
+        mixes = ('spatial_mix_k', 'spatial_mix_v', 'spatial_mix_r')
+        super().__init__(embed_dims, depth, layer_id, mixes, **kwargs)
         self.causal = causal
         self.spatial_decay = nn.Parameter(torch.empty(embed_dims))
         self.spatial_first = nn.Parameter(torch.empty(embed_dims))
@@ -114,7 +117,7 @@ class SpatialMix(_Mix):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Set the initial values that ``init_mode`` and the layer's place call for."""
+        """Set the initial values for ``init_mode`` and the position of the layer."""
         self._init_mix(self.spatial_mix_k, self.remainder)
         self._init_mix(self.spatial_mix_v, self.remainder, offset=0.3 * self.height)
         self._init_mix(self.spatial_mix_r, self.remainder / 2)
@@ -166,12 +169,9 @@ class ChannelMix(_Mix):
         embed_dims: Channels of a token, C.
         depth: Number of layers in the stack, for the initial values.
         layer_id: Index of this layer in the stack, from 0.
-        shift_mode: The token shift, see :class:`TokenShift`.
-        shift_pixel: Distance of the shift in tokens.
-        channel_gamma: Fraction of the channels in each group of the shift.
         hidden_rate: Hidden channels per channel.
-        init_mode: How the mixes start, see :class:`SpatialMix`.
         key_norm: Whether to normalise the hidden channels.
+        **kwargs: The shift and the initial values, see :class:`SpatialMix`.
 
     Raises:
         TypeError: If ``hidden_rate`` is not a number or an argument of the shift has a wrong type.
@@ -184,23 +184,13 @@ class ChannelMix(_Mix):
         embed_dims: int,
         depth: int,
         layer_id: int,
-        shift_mode: str = 'q_shift',
-        shift_pixel: int = 1,
-        channel_gamma: float | None = 1 / 4,
+        *,
         hidden_rate: float = 4,
-        init_mode: str = 'fancy',
         key_norm: bool = False,
+        **kwargs,
     ) -> None:
-        super().__init__(
-            embed_dims,
-            depth,
-            layer_id,
-            shift_mode,
-            shift_pixel,
-            channel_gamma,
-            init_mode,
-            mixes=('spatial_mix_k', 'spatial_mix_r'),
-        )
+        mixes = ('spatial_mix_k', 'spatial_mix_r')
+        super().__init__(embed_dims, depth, layer_id, mixes, **kwargs)
         check_number('hidden_rate', hidden_rate)
         hidden_dims = int(hidden_rate * embed_dims)
         if hidden_dims < 1:
@@ -216,7 +206,7 @@ class ChannelMix(_Mix):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Set the initial values that ``init_mode`` and the layer's place call for."""
+        """Set the initial values for ``init_mode`` and the position of the layer."""
         self._init_mix(self.spatial_mix_k, self.remainder)
         self._init_mix(self.spatial_mix_r, self.remainder)
         self._init_linears()

@@ -11,8 +11,8 @@ from ._checks import check_int
 class PatchEmbed(nn.Module):
     """Cut an image into square patches and project each to a token.
 
-    Rows and columns that do not fill a patch, at the bottom and at the right, are left out, as by
-    the patch embedding of mmpretrain's ``VisionTransformer``: pad the images where that matters.
+    Rows at the bottom and columns at the right that do not fill a patch are left out, as in
+    mmpretrain's ``VisionTransformer``. Pad the images if these pixels matter.
 
     Args:
         in_channels: Channels of the image.
@@ -65,6 +65,6 @@ class PatchEmbed(nn.Module):
         x = self.projection(x)
         height, width = x.shape[2:]
         if torch.jit.is_tracing():
-            # A traced shape holds tensors (mmengine counts FLOPs so); operators want integers.
+            # In a trace, as for FLOP counts, shapes are tensors; operators take integers.
             height, width = int(height), int(width)
         return x.flatten(2).transpose(1, 2), (height, width)

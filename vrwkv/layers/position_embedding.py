@@ -18,16 +18,16 @@ def resize_pos_embed(
     Args:
         pos_embed: The embedding, of shape ``(1, h * w, C)`` in row-major order.
         source: Its grid ``(h, w)``.
-        target: The grid ``(H, W)`` that is wanted.
+        target: The new grid ``(H, W)``.
         mode: Interpolation mode of :func:`torch.nn.functional.interpolate`, with
             ``align_corners=False``.
 
     Returns:
         The embedding on the target grid, of shape ``(1, H * W, C)`` and of the dtype of
-        ``pos_embed``; ``pos_embed`` itself where the grids are equal.
+        ``pos_embed``; ``pos_embed`` itself if the grids are equal.
 
     Raises:
-        ValueError: If ``source`` does not multiply to the length of ``pos_embed``.
+        ValueError: If ``source`` does not have as many tokens as ``pos_embed``.
     """
     if pos_embed.dim() != 3 or pos_embed.shape[1] != source[0] * source[1]:
         raise ValueError(
@@ -36,7 +36,7 @@ def resize_pos_embed(
         )
     if _are_equal(source, target):
         return pos_embed
-    # Half precision would round the interpolation's weights, and not every backend has it.
+    # Half precision would round the interpolation's weights, and some backends lack it.
     acc = torch.promote_types(pos_embed.dtype, torch.float32)
     grid = pos_embed.to(acc).transpose(1, 2).unflatten(2, source)
     grid = F.interpolate(grid, size=target, mode=mode, align_corners=False)
@@ -44,10 +44,11 @@ def resize_pos_embed(
 
 
 def _are_equal(source: tuple[int, int], target: tuple[int, int]) -> bool:
-    """Say whether grids are equal, as far as is known.
+    """Return whether two grids are known to be equal.
 
-    Sizes that torch compiles or exports as symbols must not be tied to one grid: to them grids are
-    unequal, and interpolation to an equal grid changes nothing.
+    torch.compile and torch.export may have symbols for sizes. Comparing a symbol with a number
+    would restrict the graph to one grid, so such grids count as unequal: interpolation to an equal
+    grid changes nothing.
     """
     if not torch.compiler.is_compiling():
         return source == target

@@ -13,25 +13,24 @@ SHIFT_MODES = ('none', *SHIFTS)
 
 
 class TokenShift(nn.Module):
-    """Mix each token with its shifted neighbours (paper, section 3.3).
+    """Mix each token with its shifted neighbours (paper, section 3.3, equation 9).
 
-    It holds no parameters: the learnt mixes belong to the layer that calls it, under the names
-    that released weights have.
+    It has no parameters: the learnt mixes belong to the layer that calls it, as in the released
+    weights.
 
     Args:
         embed_dims: Channels of a token.
         shift_mode: ``'q_shift'``, the neighbours on the image grid; ``'single_shift'``, the
-            previous token, as in RWKV; ``'double_shift'``, the previous and the next token: Q-Shift
-            without its vertical half, for tokens that lie on no grid. Its groups are those of
-            Q-Shift, so that each channel keeps its meaning when fine-tuning turns to Q-Shift
-            (section 4.5 of `the paper <https://arxiv.org/abs/2403.02308>`_, "MAE Pre-training").
-            ``'none'``: no shift.
+            previous token, as in RWKV; ``'double_shift'``, the previous and the next token: the
+            horizontal half of Q-Shift, for tokens without a grid. Its groups of channels are those
+            of Q-Shift, which replaces it in fine-tuning (section 4.4 of `the paper
+            <https://arxiv.org/abs/2403.02308>`_, "MAE Pre-training"). ``'none'``: no shift.
         shift_pixel: Distance to the neighbour in tokens. 0 means no shift.
         channel_gamma: Fraction of the channels in each group of a Q-Shift or double shift.
 
     Raises:
-        TypeError: If ``shift_pixel`` is not an integer, or ``channel_gamma`` not a number where
-            it is used.
+        TypeError: If ``shift_pixel`` is not an integer, or if ``channel_gamma`` is used and is not
+            a number.
         ValueError: If ``shift_mode`` is unknown, ``shift_pixel`` negative, ``channel_gamma``
             outside (0, 1/4], or ``embed_dims`` too small for groups of a channel.
     """
@@ -54,7 +53,7 @@ class TokenShift(nn.Module):
 
     @property
     def enabled(self) -> bool:
-        """Whether there is a shift, and so a mix to learn."""
+        """Whether there is a shift, and therefore a mix to learn."""
         return self.shift_mode != 'none'
 
     def forward(
@@ -64,7 +63,7 @@ class TokenShift(nn.Module):
 
         Args:
             x: Tokens of shape ``(B, T, C)``.
-            mixes: Tensors of shape ``(1, 1, C)``. Not looked at where there is no shift.
+            mixes: Tensors of shape ``(1, 1, C)``. Ignored without a shift.
             resolution: The tokens' grid ``(H, W)``. Only Q-Shift needs it.
 
         Returns:
@@ -85,7 +84,7 @@ class TokenShift(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """Show the shift where the module is printed."""
+        """Return the part of the module's printed form that shows the shift."""
         return (
             f'shift_mode={self.shift_mode!r}, shift_pixel={self.shift_pixel}, '
             f'channel_gamma={self.channel_gamma}'
