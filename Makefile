@@ -15,7 +15,7 @@ GPU_ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help python demo demo-detection demo-segmentation test test-mmcv docs install-demo install-dense install-test \
-	install-lint install-mmcv install-mmcv-lite lint format unit gpu cuda-compile wheel clean clean-env
+	install-lint install-mmcv install-mmcv-lite matrix lint format unit gpu cuda-compile wheel clean clean-env
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' Makefile
@@ -56,6 +56,9 @@ test: install-test ## Lint and run all tests
 	$(MAKE) --no-print-directory lint unit
 
 test-mmcv: install-mmcv test ## The same tests on compiled mmcv, which then stays installed
+
+matrix: install-lint ## Try Pythons, versions and flavours, and write the table in docs/install.md (an hour)
+	$(RUN) requirements/matrix.py
 
 unit:
 	$(RUN) -m pytest $(PYTEST_ARGS)
