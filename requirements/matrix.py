@@ -63,28 +63,32 @@ def run(*command):
     return (errors[-1:] or words[-1:] or [f'exit status {done.returncode}'])[0]
 
 
-def install(python, versions, flavour, folder):
-    """Make an environment in `folder`; return why that fails, or an empty text."""
+def install(python, versions, flavour, folder, wheels):
+    """Make an environment in `folder`; return why that fails, or an empty text.
+
+    vrwkv_ops is compiled once for each release of torch: its wheel serves all Pythons.
+    """
     uv = [sys.executable, '-m', 'uv']
     names = ('base', 'demo', f'{flavour}/classification', f'{flavour}/dense')
-    pip = [*uv, 'pip', 'install', '--python', folder / 'bin' / 'python']
+    here = ['--python', folder / 'bin' / 'python']
+    pip = [*uv, 'pip', 'install', *here]
     if versions == 'pinned':
         pip += [f'--constraints={REQUIREMENTS / name}.txt' for name in names]
     build = ['torch', 'torchvision', 'setuptools', 'wheel', 'ninja']
-    steps = (
-        [*uv, 'venv', '--python', python, folder],
-        [*pip, *build],
-        [*pip, '--no-build-isolation', './vrwkv_ops'],
-        [*pip, *FLAVOURS[flavour]],
-    )
-    return next(filter(None, (run(*step) for step in steps)), '')
+    problem = run(*uv, 'venv', '--python', python, folder) or run(*pip, *build)
+    [torch] = [path.name for path in folder.glob('lib/python3*/site-packages/torch-*')] or ['none']
+    wheel = wheels / torch
+    if not problem and not wheel.exists():
+        line = [*uv, 'build', '--wheel', '--no-build-isolation', *here, '--out-dir', wheel]
+        problem = run(*line, ROOT / 'vrwkv_ops')
+    return problem or run(*pip, *wheel.glob('*.whl')) or run(*pip, *FLAVOURS[flavour])
 
 
-def row(python, versions, flavour):
+def row(python, versions, flavour, wheels):
     """Install one combination, run all tasks, and return the row of the table."""
     with tempfile.TemporaryDirectory(prefix='matrix-') as name:
         folder = Path(name)
-        problem = install(python, versions, flavour, folder)
+        problem = install(python, versions, flavour, folder, wheels)
         if problem:
             return [python, versions, flavour, '', f'not installed: {problem}', '', '']
         found = {path.name for path in folder.glob('lib/python3*/site-packages/*.dist-info')}
@@ -101,10 +105,11 @@ def row(python, versions, flavour):
 def main():
     """Run all combinations and write the table."""
     rows = [['Python', 'packages', 'flavour', 'versions', *TASKS], ['---'] * (4 + len(TASKS))]
-    for combination in itertools.product(PYTHONS, VERSIONS, FLAVOURS):
-        start = time.monotonic()
-        rows.append(row(*combination))
-        print(f'{time.monotonic() - start:.0f} s:', *rows[-1], sep=' | ', flush=True)
+    with tempfile.TemporaryDirectory(prefix='matrix-') as folder:
+        for combination in itertools.product(PYTHONS, VERSIONS, FLAVOURS):
+            start = time.monotonic()
+            rows.append(row(*combination, Path(folder)))
+            print(f'{time.monotonic() - start:.0f} s:', *rows[-1], sep=' | ', flush=True)
     lines = ['| ' + ' | '.join(cell.replace('|', '\\|') for cell in cells) + ' |' for cells in rows]
     machine = f'{datetime.date.today()}, {sys.platform}, CPU'
     table = f'<!-- matrix -->\nResults of `make matrix` ({machine}):\n\n' + '\n'.join(lines)
