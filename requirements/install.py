@@ -194,7 +194,7 @@ class Environment:
                 counts = re.findall(r'\[(\d+)/(\d+)\] ', log.read_text(errors='replace'))
                 count = '{} of {} files'.format(*counts[-1]) if counts else 'preparing'
                 seconds = int(time.monotonic() - start)
-                say(f'Compiling ({log.stem}): {count}, {seconds} s. Everything is in {log}')
+                say(f'Building ({log.stem}): {count}, {seconds} s. Everything is in {log}')
         if process.returncode:
             print(''.join(log.read_text(errors='replace').splitlines(keepends=True)[-40:]))
         return process.returncode

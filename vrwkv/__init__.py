@@ -1,1 +1,3 @@
 """Vision-RWKV models: the backbones and their layers, each defined once."""
+
+__version__ = '0.1.0'

@@ -181,5 +181,5 @@ def test_progress_comes_from_ninja_and_a_failure_shows_the_end_of_the_log(
     with pytest.raises(installer.InstallError, match='check the network'):
         environment.call('-c', code, python=sys.executable, log='mmcv.log')
     output = capsys.readouterr().out
-    assert 'Compiling (mmcv): 3 of 77 files' in output
+    assert 'Building (mmcv): 3 of 77 files' in output
     assert output.endswith('the last words\n\n')

@@ -69,3 +69,17 @@ def test_vrwkv_ops_is_asked_of_no_registry():
 def test_ci_runs_the_command_that_the_readme_names():
     assert '\nmake test ' in (ROOT / 'README.md').read_text()
     assert (ROOT / '.ci/run').read_text().splitlines()[-1] == 'make test'
+    workflow = (ROOT / '.github/workflows/ci.yml').read_text()
+    assert '- run: .ci/run\n' in workflow
+    assert "python: ['3.10', '3.13']" in workflow
+
+
+def test_each_version_stands_in_one_file():
+    """Build metadata reads it there: dynamic, from the package's ``__version__``."""
+    for folder, package in (('.', 'vrwkv'), ('vrwkv_ops', 'vrwkv_ops')):
+        settings = tomllib.loads((ROOT / folder / 'pyproject.toml').read_text())
+        assert settings['project']['dynamic'] == ['version']
+        assert settings['tool']['setuptools']['dynamic']['version'] == {
+            'attr': f'{package}.__version__'
+        }
+    assert '\nversion:' not in (ROOT / 'CITATION.cff').read_text()
