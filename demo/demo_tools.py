@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
+import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +19,10 @@ from mmengine.config import Config
 import vrwkv.engine  # noqa: F401 (configs that inherit from a library's, under onedl too)
 
 ROOT = Path(__file__).resolve().parents[1]
+LOG = 'demo.log'  # in the working folder: all output of tools and libraries
+
+if '--verbose' not in sys.argv:
+    warnings.simplefilter('ignore')  # the libraries warn when they are imported
 
 # Settings that a training must share with the one that it continues.
 SETTINGS = (
@@ -40,14 +47,74 @@ def make_parser(documentation: str, work_dir: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=documentation.partition('\n')[0])
     parser.add_argument('--work-dir', type=Path, help=f'default: {work_dir} in the checkout')
     parser.add_argument(
-        '--verbose', action='store_true', help='show everything that the log files contain'
+        '--verbose', action='store_true', help=f'show everything, instead of writing it to {LOG}'
     )
     return parser
 
 
-def run_tool(name: str, *args: str | os.PathLike) -> None:
-    """Run a script of ``tools/`` in the root of the checkout, where data paths start."""
-    subprocess.run([sys.executable, ROOT / 'tools' / name, *args], cwd=ROOT, check=True)
+def run_tool(name: str, *args: str | os.PathLike, log: Path | None = None) -> None:
+    """Run a script of ``tools/`` in the root of the checkout, where data paths start.
+
+    Args:
+        name: The script.
+        *args: Its arguments.
+        log: File to append the output to; the screen then shows the progress only. None shows all.
+
+    Raises:
+        SystemExit: If the script fails.
+    """
+    command = [sys.executable, ROOT / 'tools' / name, *args]
+    if log is None:
+        if code := subprocess.run(command, cwd=ROOT).returncode:
+            raise SystemExit(f'tools/{name} failed with exit status {code}')
+        return
+    log.parent.mkdir(parents=True, exist_ok=True)
+    output = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors='replace')
+    lines = []
+    with log.open('a') as file, subprocess.Popen(command, cwd=ROOT, **output) as process:
+        progress = Progress()
+        for line in process.stdout:
+            file.write(line)
+            lines.append(line)
+            progress.update(line)
+        progress.end()
+    if process.returncode:
+        tail = ''.join(lines[-20:])
+        raise SystemExit(f'{tail}tools/{name} failed; all of its output is in {log}')
+
+
+class Progress:
+    """A line with iteration, loss, accuracy and remaining time, read from mmengine's log.
+
+    A terminal shows one line that changes; a file gets a line every few seconds.
+
+    Args:
+        seconds: Time between two lines of a file.
+    """
+
+    TRAIN = re.compile(r'(Epoch|Iter)\(train\) +(\[.*?\])  .*?eta: (\S+) .*? loss: ([\d.]+)')
+    METRIC = re.compile(r'\(val\).*?(accuracy/top1|coco/bbox_mAP_50|mIoU): +([\d.]+)')
+
+    def __init__(self, seconds: float = 10) -> None:
+        self.seconds, self.shown_at = seconds, -seconds
+        self.text = self.metric = ''
+
+    def update(self, line: str) -> None:
+        """Read a line of the log, and show the progress if it is one about training."""
+        if found := self.METRIC.search(line):
+            self.metric = f'  {found[1]} {found[2]}'
+        if found := self.TRAIN.search(line):
+            self.text = f'  {found[1]} {found[2]}  loss {found[4]}{self.metric}  left {found[3]}'
+            if sys.stdout.isatty():
+                print(f'\r\x1b[K{self.text}', end='', flush=True)
+            elif time.monotonic() - self.shown_at >= self.seconds:
+                self.shown_at, text, self.text = time.monotonic(), self.text, ''
+                print(text, flush=True)
+
+    def end(self) -> None:
+        """Show the last state."""
+        if self.text:
+            print('' if sys.stdout.isatty() else self.text, flush=True)
 
 
 def is_newer(path: Path, than: Path) -> bool:
@@ -85,8 +152,8 @@ def train(config: Path, work_dir: Path, verbose: bool = False) -> Path:
     checkpoint = work_dir / f'{name}.pth'
     if not checkpoint.is_file():
         print(f'Training {config.stem} in {work_dir}', flush=True)
-        options = ['--verbose'] if verbose else []
-        run_tool('train.py', config, '--work-dir', work_dir, '--resume', *options)
+        log = None if verbose else work_dir / LOG
+        run_tool('train.py', config, '--work-dir', work_dir, '--resume', log=log)
     return checkpoint
 
 
@@ -102,8 +169,8 @@ def measure(config: Path, checkpoint: Path, verbose: bool = False) -> dict[str, 
     if not is_newer(out, checkpoint):
         print(f'Testing {checkpoint}', flush=True)
         options = ['--work-dir', checkpoint.parent / 'test', '--out', out, '--out-item', 'metrics']
-        options += ['--verbose'] if verbose else []
-        run_tool('test.py', config, checkpoint, *options)
+        log = None if verbose else checkpoint.with_name(LOG)
+        run_tool('test.py', config, checkpoint, *options, log=log)
     return json.loads(out.read_text())
 
 
@@ -173,7 +240,7 @@ def run_demo(
     drawn = work_dir / picture
     if not is_newer(drawn, checkpoint):
         print(f'Drawing {drawn}', flush=True)
-        with output_to(work_dir / 'drawing.log', args.verbose):
+        with output_to(work_dir / LOG, args.verbose):
             draw(config, checkpoint, data_root, metrics, drawn)
     log = max(work_dir.glob('2*/*.log'), default=work_dir)  # folders are named by date
     print(f"""

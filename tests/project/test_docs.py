@@ -9,7 +9,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_the_site_builds_without_a_warning():
     """A broken link, a missing anchor or a name that the API pages do not find is a warning."""
-    lines = (ROOT / 'Makefile').read_text().partition('\ndocs: ')[2].split('\n\n')[0].split('\n')[1:]
+    lines = (
+        (ROOT / 'Makefile').read_text().partition('\ndocs: ')[2].split('\n\n')[0].split('\n')[1:]
+    )
     recipe = '\n'.join(lines).replace('$(RUN)', sys.executable)
     done = subprocess.run(['sh', '-ec', recipe], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

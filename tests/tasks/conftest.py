@@ -27,7 +27,7 @@ def tool_calls(load_script, monkeypatch):
     """
     calls = []
 
-    def run_tool(name, *args):
+    def run_tool(name, *args, log=None):
         calls.append(name)
         getattr(cli, name.removesuffix('.py'))([str(arg) for arg in args])
 

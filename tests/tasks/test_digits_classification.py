@@ -115,13 +115,34 @@ def trained_epochs(log):
     return {int(epoch) for epoch in re.findall(r'Epoch\(train\) +\[(\d+)\]', log)}
 
 
-def test_tools_run_in_new_processes(load_script, capfd):
+def test_tools_run_in_new_processes(load_script, tmp_path, capfd):
     """The other tests of demos run them in this process (``tool_calls``)."""
+    tools, log = load_script('demo/demo_tools.py'), tmp_path / 'new/demo.log'
+    tools.run_tool('test.py', '--help', log=log)
+    assert capfd.readouterr().out == ''
+    assert 'usage: test.py' in log.read_text()
+    with pytest.raises(SystemExit, match=r'arguments are required.*\ntools/test.py failed; .*log'):
+        tools.run_tool('test.py', log=log)  # without a config
+
+
+def test_progress(load_script, capsys):
+    """Loss, accuracy and time left; a line for each log of a training, the last one at the end."""
     tools = load_script('demo/demo_tools.py')
-    tools.run_tool('test.py', '--help')
-    assert 'usage: test.py' in capfd.readouterr().out
-    with pytest.raises(subprocess.CalledProcessError):
-        tools.run_tool('test.py')  # without a config
+    head = '11/25 19:00:00 - mmengine - INFO - '
+    lines = [
+        'Hooks will be executed in the following order:',
+        f'{head}Epoch(train)   [1][10/23]  lr: 1e-03  eta: 0:01:40  time: 0.1  loss: 2.3026',
+        f'{head}Epoch(val) [1][6/6]    accuracy/top1: 81.1111  data_time: 0.0014  time: 0.0118',
+        f'{head}Iter(train) [ 50/1000]  base_lr: 1e-03 lr: 1e-03  eta: 0:00:09  time: 1  loss: 0.5',
+    ]
+    first = '  Epoch [1][10/23]  loss 2.3026  left 0:01:40'
+    last = '  Iter [ 50/1000]  loss 0.5  accuracy/top1 81.1111  left 0:00:09'
+    for seconds in (0, 1000):
+        progress = tools.Progress(seconds)
+        for line in lines:
+            progress.update(line)
+        progress.end()
+        assert capsys.readouterr().out.splitlines() == [first, last]
 
 
 def test_output_goes_to_a_file(load_script, tmp_path, capfd):
