@@ -4,16 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import mmpretrain.datasets.transforms  # noqa: F401 (registers what is replaced below)
 import torch
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from mmengine.runner import checkpoint as mmengine_checkpoint
+from mmpretrain.apis import image_classification
+from mmpretrain.models import ClsDataPreprocessor
 from mmpretrain.models.heads import ClsHead
-from mmpretrain.registry import HOOKS
+from mmpretrain.registry import HOOKS, TRANSFORMS
+from mmpretrain.structures import DataSample
 from torch import Tensor, nn
 
+from vrwkv.engine.images import check_bands, imread, register_loader
 from vrwkv.weights import require_head_fit
+
+register_loader(TRANSFORMS)
+check_bands(ClsDataPreprocessor)
+image_classification.imread = imread
 
 _load_state_dict = mmengine_checkpoint.load_state_dict
 
@@ -43,8 +52,9 @@ def load_state_dict(module: nn.Module, state_dict: Mapping[str, Tensor], *args, 
 class ClassCheckHook(Hook):
     """Raise an error where data set and head disagree on the classes.
 
-    Unlike mmpretrain's ``ClassNumCheckHook`` it looks into wrapped data sets, and at every label:
-    one beyond the classes is a bare index error otherwise, and on a GPU not even that.
+    mmpretrain's ``ClassNumCheckHook`` does not look into wrapped data sets, nor at the labels. A
+    label outside the classes is a bare index error in training, and counts as a mistake in
+    validation.
 
     Raises:
         ValueError: If a data set has another number of classes than the head, or other classes
@@ -100,16 +110,55 @@ class ClassCheckHook(Hook):
         self, runner: Runner, batch_idx: int, data_batch: dict | None = None
     ) -> None:
         """Check the labels of a batch."""
-        if self.num_classes is None:
+        self._check_labels(data_batch)
+
+    def before_val_iter(
+        self, runner: Runner, batch_idx: int, data_batch: dict | None = None
+    ) -> None:
+        """Check the labels of a batch."""
+        self._check_labels(data_batch)
+
+    def before_test_iter(
+        self, runner: Runner, batch_idx: int, data_batch: dict | None = None
+    ) -> None:
+        """Check the labels of a batch."""
+        self._check_labels(data_batch)
+
+    def _check_labels(self, data_batch: dict | None) -> None:
+        if self.num_classes is None or not isinstance(data_batch, dict):
             return
-        for sample in data_batch.get('data_samples') or ():
-            label = sample.get('gt_label')
-            # On the CPU still, where this takes microseconds.
-            if label is not None and not all(0 <= i < self.num_classes for i in label.tolist()):
-                raise ValueError(
-                    f'{sample.get("img_path")} has the label {label.tolist()}, but the model has '
-                    f'num_classes={self.num_classes}: labels go from 0 to {self.num_classes - 1}'
-                )
+        samples = list(data_batch.get('data_samples') or ())
+        while samples:
+            sample = samples.pop()
+            if isinstance(sample, list | tuple):  # versions of one image, with --tta
+                samples.extend(sample)
+            elif problem := label_problem(sample, self.num_classes):
+                raise ValueError(problem)
+
+
+def label_problem(sample: DataSample, num_classes: int) -> str | None:
+    """Describe labels of a sample that a head of some classes cannot have.
+
+    Args:
+        sample: The sample, on the CPU, where this takes microseconds.
+        num_classes: Number of classes of the head.
+
+    Returns:
+        The problem; None if there is none.
+    """
+    path = sample.get('img_path')
+    label, score = sample.get('gt_label'), sample.get('gt_score')
+    if label is not None and not all(0 <= i < num_classes for i in label.flatten().tolist()):
+        return (
+            f'{path} has the label {label.tolist()}, but the model has num_classes={num_classes}: '
+            f'labels go from 0 to {num_classes - 1}. Correct the annotation, or num_classes'
+        )
+    if score is not None and score.shape[-1] != num_classes:
+        return (
+            f'{path} has scores of {score.shape[-1]} classes, but the model has '
+            f'num_classes={num_classes}: give one score for each class'
+        )
+    return None
 
 
 mmengine_checkpoint.load_state_dict = load_state_dict

@@ -1,28 +1,35 @@
-"""mmseg's data sets, with the mistakes in images and label maps named."""
+"""mmseg's data sets with checks of images and label maps."""
 
 from __future__ import annotations
 
 import mmcv
 import numpy as np
+from mmcv.transforms import LoadAnnotations
 from mmengine import fileio
 from mmseg.datasets import ADE20KDataset, BaseSegDataset
-from mmseg.registry import DATASETS
+from mmseg.models import SegDataPreProcessor
+from mmseg.registry import DATASETS, TRANSFORMS
 
-# mmseg's data sets, transforms, heads and metrics agree on it by default.
+from vrwkv.engine.images import ImageChecks, check_bands, register_loader, size_of
+
+# Default of mmseg's data sets, transforms, heads and metrics.
 IGNORE_INDEX = 255
 
+register_loader(TRANSFORMS)
+check_bands(SegDataPreProcessor)
 
-class CheckedLabels:
+
+class CheckedLabels(ImageChecks):
     """Check each label map when it is first read; put it before one of mmseg's data sets.
 
-    mmseg reads label maps as 8-bit numbers whatever they are, so that 256 becomes class 0; takes
-    whatever size they have; and counts a label outside the classes neither as right nor as wrong
-    in ``IoUMetric``. Here a label map must have one channel, the size of its image, and no label
-    but those of the classes and 255, which is ignored, like 0 with ``reduce_zero_label``.
+    mmseg reads label maps as 8-bit numbers, so that 256 becomes class 0; it accepts any size; and
+    its ``IoUMetric`` counts a label outside the classes neither as right nor as wrong. Here a label
+    map must have one channel, the size of its image as the pipeline loads it, and no other labels
+    than the classes and 255, which is ignored, like 0 with ``reduce_zero_label``.
 
     Raises:
         ValueError: When the files are listed, if there is none, or if there are no or too many
-            classes; when a sample is read, if its label map is not as above.
+            classes; when a sample is read, if its label map does not meet these conditions.
     """
 
     def load_data_list(self) -> list[dict]:
@@ -50,30 +57,27 @@ class CheckedLabels:
         self._checked: set[str] = set()
         return data_list
 
-    def prepare_data(self, idx: int) -> dict | None:
-        """Check a sample, unless that is done, and run the pipeline on it.
+    def check_image(self, sample: dict) -> None:
+        """Check the label map of a sample, once.
 
         Args:
-            idx: Index of the sample.
-
-        Returns:
-            What the pipeline returns.
+            sample: The sample, with ``img`` of shape (height, width, ...) as loaded.
         """
-        info = self.get_data_info(idx)
-        path = info.get('seg_map_path')
+        path = sample.get('seg_map_path')
         if path is not None and path not in self._checked:
-            self._check(info['img_path'], path)
+            self._check(sample['img'], sample['img_path'], path)
             self._checked.add(path)
-        return super().prepare_data(idx)
 
-    def _check(self, img_path: str, seg_map_path: str) -> None:
-        # As LoadImageFromFile reads it, which may turn it by its EXIF tag.
-        image = mmcv.imfrombytes(fileio.get(img_path, backend_args=self.backend_args))
+    def _check(self, image: np.ndarray, img_path: str, seg_map_path: str) -> None:
         content = fileio.get(seg_map_path, backend_args=self.backend_args)
+        loaders = [t for t in self.pipeline.transforms if isinstance(t, LoadAnnotations)]
+        backend = loaders[0].imdecode_backend if loaders else 'pillow'
         try:
-            labels = mmcv.imfrombytes(content, flag='unchanged', backend='pillow')
+            labels = mmcv.imfrombytes(content, flag='unchanged', backend=backend)
         except OSError as error:
             raise ValueError(f'cannot read the label map {seg_map_path}: {error}') from error
+        if labels is None:
+            raise ValueError(f'cannot read the label map {seg_map_path} with {backend}')
         if labels.ndim == 3 and labels.shape[2] == 1:
             labels = labels[..., 0]
         if labels.ndim != 2 or labels.dtype.kind not in 'uib':
@@ -81,10 +85,16 @@ class CheckedLabels:
                 f'the label map {seg_map_path} holds {_describe(labels)}: expected one channel of '
                 'whole numbers, the indices of classes. Convert colours to indices first'
             )
-        if image is not None and image.shape[:2] != labels.shape:
+        if image.shape[:2] != labels.shape:
+            hint = 'they must be of one size'
+            if image.shape[:2] == labels.shape[::-1]:
+                hint += (
+                    '. An EXIF tag may have turned the image; LoadImageFromFile with '
+                    "color_type='color_ignore_orientation' reads it as stored"
+                )
             raise ValueError(
-                f'the label map {seg_map_path} has {_size(labels)} pixels, but its image '
-                f'{img_path} has {_size(image)}: they must be of one size'
+                f'the label map {seg_map_path} has {size_of(labels)} pixels, but its image '
+                f'{img_path} has {size_of(image)}: {hint}'
             )
         # With a subset of the classes, METAINFO has those of the files.
         count = len(self.metainfo['classes'] if self.label_map is None else self.label_map)
@@ -109,7 +119,7 @@ class CheckedLabels:
 
 @DATASETS.register_module()
 class CheckedSegDataset(CheckedLabels, BaseSegDataset):
-    """A folder of images and one of label maps, checked.
+    """A folder of images and a folder of label maps, with checks.
 
     Args:
         *args: As for :class:`mmseg.datasets.BaseSegDataset`.
@@ -120,16 +130,12 @@ class CheckedSegDataset(CheckedLabels, BaseSegDataset):
 
 @DATASETS.register_module()
 class CheckedADE20KDataset(CheckedLabels, ADE20KDataset):
-    """ADE20K, checked.
+    """ADE20K with checks.
 
     Args:
         *args: As for :class:`mmseg.datasets.ADE20KDataset`.
         **kwargs: As for :class:`mmseg.datasets.ADE20KDataset`.
     """
-
-
-def _size(image: np.ndarray) -> str:
-    return f'{image.shape[1]} x {image.shape[0]}'
 
 
 def _describe(image: np.ndarray) -> str:

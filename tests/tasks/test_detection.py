@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +10,14 @@ import pytest
 import torch
 import torchvision
 from mmdet.apis import DetInferencer, init_detector
+from mmdet.datasets.api_wrappers import COCO
 from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
 from mmdet.registry import DATASETS, MODELS
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from mmengine.runner import load_checkpoint
 from PIL import Image
+from pycocotools.mask import encode
 from torch import nn
 from torch.nn import functional as F
 
@@ -349,6 +352,9 @@ def test_weights_that_cannot_be_downloaded_are_an_error(config, monkeypatch, tmp
 # --- data ---------------------------------------------------------------------------------------
 
 
+LOADING = dict(type='LoadImageFromFile')
+
+
 def write_coco(folder, annotations, categories=('a', 'b'), images=2, side=64):
     """Write images of noise, and what is said of them."""
     rng = np.random.default_rng(0)
@@ -389,7 +395,7 @@ def dataset(folder, classes=('a', 'b'), kind='CheckedCocoDataset', **kwargs):
                 metainfo=dict(classes=classes),
                 filter_cfg=dict(filter_empty_gt=False),
                 pipeline=[
-                    dict(type='LoadImageFromFile'),
+                    LOADING,
                     dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
                     dict(type='PackDetInputs'),
                 ],
@@ -423,6 +429,164 @@ def test_labels_outside_the_classes_are_refused(tmp_path, annotation, classes, m
     with pytest.raises(ValueError, match=message):
         dataset(tmp_path, classes)
     dataset(tmp_path, classes, kind='CocoDataset')
+
+
+def change_coco(folder, change):
+    """Apply a function to the content of the annotation file."""
+    path = folder / 'train.json'
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def second(kind, **values):
+    """Change the second entry of a list of the file; None takes a value away."""
+
+    def change(content):
+        entry = content[kind][1]
+        entry.update(values)
+        for key in [key for key, value in values.items() if value is None]:
+            del entry[key]
+
+    return change
+
+
+annotation, image, category = (partial(second, k) for k in ('annotations', 'images', 'categories'))
+
+
+@pytest.mark.parametrize('test_mode', [False, True], ids=['train', 'test'])
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (
+            annotation(category_id='2'),
+            r"annotation 2 of image 0 .*category_id '2' \(text",
+        ),
+        (
+            annotation(category_id=1.5),
+            r'annotation 2 of image 0 has the category_id 1\.5',
+        ),
+        (annotation(category_id=True), 'has the category_id True, which is not among'),
+        (
+            annotation(category_id=None),
+            'has the category_id missing, which is not among',
+        ),
+        (
+            annotation(image_id='0'),
+            r"annotation 2 of image 0 has the image_id '0' \(text",
+        ),
+        (annotation(image_id=9), r'has the image_id 9, .* images, \[0, 1\]: correct'),
+        (annotation(image_id=None), 'annotation 2 has the image_id missing'),
+        (annotation(bbox='8 8 9 9'), r"bbox '8 8 9 9' \(text.*: expected four finite"),
+        (annotation(bbox=[8, 8, 9]), r'bbox \[8, 8, 9\]: expected four finite numbers'),
+        (
+            annotation(bbox=[8, float('nan'), 9, 9]),
+            r'bbox \[8, nan, 9, 9\]: expected four',
+        ),
+        (annotation(bbox=['8', 8, 9, 9]), r"bbox \['8', 8, 9, 9\]: expected four"),
+        (
+            annotation(bbox=None),
+            'annotation 2 of image 0 has the bbox missing: expected four',
+        ),
+        (annotation(area='9'), r"area '9' \(text.*: expected a finite number"),
+        (image(width='64'), r"image 1 has the width '64' \(text; numbers have no quot"),
+        (image(height=None), 'image 1 has the height missing: expected a finite number'),
+        (image(file_name=3), 'image 1 has the file_name 3: expected text'),
+        (category(id='2'), r"category 2 has the id '2' \(text.* a whole number"),
+        (lambda content: content.pop('categories'), r'train\.json has no list of categories'),
+    ],
+)
+def test_entries_of_another_type_are_named(tmp_path, change, message, test_mode):
+    write_coco(tmp_path, [{}, {}])
+    change_coco(tmp_path, change)
+    with pytest.raises(ValueError, match=message) as caught:
+        dataset(tmp_path, test_mode=test_mode)
+    assert str(caught.value).startswith(f'{tmp_path}/train.json')
+
+
+def test_whole_numbers_may_have_a_decimal_point(tmp_path):
+    """JSON has one kind of numbers."""
+    write_coco(tmp_path, [{}, dict(category_id=2.0, image_id=1.0, bbox=[8.5, 8, 9, 9])])
+    labels = [dataset(tmp_path).get_data_info(i)['instances'][0]['bbox_label'] for i in range(2)]
+    assert labels == [0, 1]
+
+
+def test_a_file_with_a_byte_order_mark(tmp_path):
+    """As Windows' editors write it; pycocotools refuses that, in the metric, too."""
+    write_coco(tmp_path, [{}])
+    path = tmp_path / 'train.json'
+    path.write_text(path.read_text(), encoding='utf-8-sig')
+    assert len(dataset(tmp_path)) == 2
+    assert len(COCO(str(path)).dataset['annotations']) == 1
+
+
+@pytest.mark.parametrize('test_mode', [False, True], ids=['train', 'test'])
+@pytest.mark.parametrize(
+    'mask', [None, [], [[]], [[8, 8, 9, 9]], {}, dict(size=[32, 64], counts=[0, 2048]), '8 8 9 9']
+)
+def test_an_object_without_a_mask(tmp_path, mask, test_mode):
+    """An error where masks are loaded; boxes alone are as good as ever."""
+    write_coco(tmp_path, [{}, dict(segmentation=mask)])
+    if mask is None:
+        change_coco(tmp_path, annotation(segmentation=None))
+    message = r'train\.json: annotation 2 of image 0 has the segmentation .*\[64, 64\], the height'
+    with pytest.raises(ValueError, match=message):
+        dataset(tmp_path, test_mode=test_mode)
+    boxes = [LOADING, dict(type='LoadAnnotations', with_bbox=True), dict(type='PackDetInputs')]
+    data = dataset(tmp_path, test_mode=test_mode, pipeline=boxes)
+    assert len(data[0]['data_samples'].gt_instances) == 2
+
+
+def test_masks_of_every_kind_are_accepted(tmp_path):
+    """Polygons and both kinds of run-length encoding; none where mmdet drops the object."""
+    compressed = encode(np.asfortranarray(np.ones((64, 64), np.uint8)))
+    compressed['counts'] = compressed['counts'].decode()
+    write_coco(
+        tmp_path,
+        [
+            {},
+            CROWD,
+            dict(segmentation=compressed),
+            dict(segmentation=None, bbox=[80, 8, 9, 9]),
+            dict(segmentation=None, ignore=True),
+        ],
+    )
+    sample = dataset(tmp_path)[0]['data_samples']
+    areas = sample.gt_instances.masks.masks.sum((1, 2)).tolist()
+    assert areas == [24 * 32, 64 * 64]
+    assert sample.ignored_instances.masks.masks.sum() == 32 * 64
+
+
+@pytest.mark.parametrize('test_mode', [False, True], ids=['train', 'test'])
+def test_images_of_another_size_than_the_file_says(tmp_path, test_mode):
+    write_coco(tmp_path, [{}])
+    change_coco(tmp_path, image(width=640, height=640))
+    data = dataset(tmp_path, test_mode=test_mode)
+    data[0]
+    with pytest.raises(
+        ValueError, match=r'1\.png has a size of 64 x 64 .*train\.json says width 640'
+    ):
+        data[1]
+
+
+@pytest.mark.parametrize('color_type', ['color', 'color_ignore_orientation', 'unchanged'])
+def test_sizes_are_those_of_the_image_that_the_pipeline_reads(tmp_path, color_type):
+    """A photograph on its side fits as stored, or as turned."""
+    write_coco(tmp_path, [{}])
+    exif = Image.Exif()
+    exif[0x112] = 6
+    Image.new('RGB', (64, 40)).save(tmp_path / 'images/0.png', exif=exif)
+    turned = color_type == 'color'
+    pipeline = [LOADING | dict(color_type=color_type), dict(type='PackDetInputs')]
+    for width, height in ((64, 40), (40, 64)):
+        size = dict(width=width, height=height)
+        change_coco(tmp_path, lambda content: content['images'][0].update(size))  # noqa: B023
+        data = dataset(tmp_path, pipeline=pipeline)
+        if turned == (width == 40):
+            assert data[0]['inputs'].shape[1:] == (height, width)
+        else:
+            with pytest.raises(ValueError, match='are exchanged, or an EXIF tag'):
+                data[0]
 
 
 def test_a_training_set_of_nothing_is_refused(tmp_path):

@@ -161,10 +161,79 @@ def test_each_label_map_is_checked_once(sample, monkeypatch):
     dataset = sample(labels(0, 1))
     checked = []
     check = dataset._check
-    monkeypatch.setattr(dataset, '_check', lambda *paths: checked.append(paths) or check(*paths))
+    monkeypatch.setattr(dataset, '_check', lambda *args: checked.append(args) or check(*args))
     for _ in range(3):
         dataset[0]
     assert len(checked) == 1
+
+
+@pytest.mark.parametrize('test_mode', [False, True], ids=['train', 'test'])
+@pytest.mark.parametrize('backend', ['cv2', 'pillow'])
+@pytest.mark.parametrize(
+    ('color_type', 'turned'),
+    [
+        ('color', True),
+        ('grayscale', True),
+        ('color_ignore_orientation', False),
+        ('unchanged', False),
+    ],
+)
+def test_sizes_are_compared_as_the_pipeline_reads(sample, color_type, turned, backend, test_mode):
+    """A photograph on its side: label maps fit it as stored, or as turned."""
+    exif = Image.Exif()
+    exif[0x112] = 6
+    loading = dict(type='LoadImageFromFile', color_type=color_type, imdecode_backend=backend)
+    for shape in ((2, 3), (3, 2)):
+        pipeline = [loading, dict(type='LoadAnnotations')]
+        dataset = sample(np.zeros(shape, np.uint8), pipeline=pipeline, test_mode=test_mode)
+        Image.new('RGB', (3, 2)).save(dataset.get_data_info(0)['img_path'], exif=exif)
+        if turned == (shape == (3, 2)):
+            loaded = dataset[0]
+            assert loaded['img'].shape[:2] == loaded['gt_seg_map'].shape == shape
+        else:
+            with pytest.raises(ValueError, match=r'one size\. An EXIF tag may have turned'):
+                dataset[0]
+
+
+def test_label_maps_are_checked_as_the_pipeline_reads(sample, tmp_path):
+    """OpenCV reads the colours of a palette, which mmseg would take as three label maps."""
+    loading = [LOADING[0], dict(type='LoadAnnotations', imdecode_backend='cv2')]
+    dataset = sample(labels(0, 1), pipeline=loading)
+    assert dataset[0]['gt_seg_map'].shape == (2, 2)
+    image = Image.fromarray(labels(1, 0), 'P')
+    image.putpalette([255, 0, 0, 0, 255, 0])
+    dataset = sample(labels(0, 1), pipeline=loading)
+    image.save(tmp_path / 'labels/a.png')
+    with pytest.raises(ValueError, match='holds 3 channels of uint8'):
+        dataset[0]
+
+
+def test_a_loader_of_ones_own(sample, tmp_path):
+    """Six bands from a file that no image library reads."""
+
+    def load(results):
+        image = np.load(results['img_path'])
+        return results | dict(img=image, img_shape=image.shape[:2], ori_shape=image.shape[:2])
+
+    for height in (2, 5):
+        dataset = sample(labels(0, 1), pipeline=[load, LOADING[1]])
+        with open(tmp_path / 'images/a.png', 'wb') as file:
+            np.save(file, np.zeros((height, 2, 6), np.float32))
+        if height == 2:
+            assert dataset[0]['img'].shape == (2, 2, 6)
+        else:
+            with pytest.raises(ValueError, match=r'has 2 x 2 pixels, but its image .* 2 x 5'):
+                dataset[0]
+
+
+def test_lists_with_a_byte_order_mark(sample, tmp_path):
+    """As Windows' editors save them: of images and of classes."""
+    (tmp_path / 'list.txt').write_text('a\n', encoding='utf-8-sig')
+    (tmp_path / 'classes.txt').write_text('cup\njug\n', encoding='utf-8-sig')
+    metainfo = dict(classes=str(tmp_path / 'classes.txt'))
+    dataset = sample(labels(0, 1), ann_file='list.txt', metainfo=metainfo)
+    assert dataset.metainfo['classes'] == ['cup', 'jug']
+    assert dataset[0]['img'].shape == (2, 2, 3)
 
 
 # --- images -------------------------------------------------------------------------------------

@@ -1,6 +1,9 @@
-"""Training and loading for every task, on mmengine; importing it makes :mod:`.compat` active."""
+"""Training and loading for every task, on mmengine.
 
-from . import compat  # noqa: F401
+The import makes :mod:`.compat` and :mod:`.text` active.
+"""
+
+from . import compat, text  # noqa: F401
 from .checkpoint import CheckpointError, read_checkpoint
 from .hooks import AtomicCheckpointHook, EpochSeedHook
 from .layer_decay import LayerDecayOptimWrapperConstructor
