@@ -1,4 +1,4 @@
-"""Clear errors where classes, heads and labels do not fit each other."""
+"""Checks that images, labels, classes and heads fit each other."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def load_state_dict(module: nn.Module, state_dict: Mapping[str, Tensor], *args, 
 
 @HOOKS.register_module()
 class ClassCheckHook(Hook):
-    """Raise an error where data set and head disagree on the classes.
+    """Raise an error if data set and head disagree on the classes.
 
     mmpretrain's ``ClassNumCheckHook`` does not look into wrapped data sets, nor at the labels. A
     label outside the classes is a bare index error in training, and counts as a mistake in

@@ -1,4 +1,4 @@
-"""ViTDet's simple feature pyramid, for backbones with a single map."""
+"""The simple feature pyramid of ViTDet, for backbones with a single feature map."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 
 class LayerNorm2d(nn.LayerNorm):
-    """Layer norm over the channels of each pixel of a map."""
+    """Layer norm over the channels of each pixel of a feature map."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise a map of shape ``(B, C, H, W)``."""
@@ -19,17 +19,16 @@ class LayerNorm2d(nn.LayerNorm):
 
 
 class SimpleFPN(BaseModule):
-    """Four or more maps, made in parallel of one map at stride 16.
+    """Compute four or more feature maps in parallel from one map at stride 16.
 
-    From `Exploring Plain Vision Transformer Backbones for Object Detection
-    <https://arxiv.org/abs/2203.16527>`_. Transposed convolutions of stride 2 enlarge the map twice
-    and once, max pooling halves it, for the strides 4, 8, 16 and 32; each map then goes through a
-    1 x 1 and a 3 x 3 convolution with a norm layer. Each further map is every other pixel of the
-    one before.
+    Source: `Exploring Plain Vision Transformer Backbones for Object Detection
+    <https://arxiv.org/abs/2203.16527>`_, section 3. Two, one and no transposed convolution of
+    stride 2 and a max pooling give the strides 4, 8, 16 and 32. Each map then passes a 1 x 1 and a
+    3 x 3 convolution with norm layers. Each further map has every second pixel of the previous one.
 
     Args:
         in_channels: Channels of the map, C, a multiple of 4.
-        out_channels: Channels of each map that comes out.
+        out_channels: Channels of each output map.
         num_outs: Number of maps, at least 4.
         norm_cfg: Config of the norm layers; None for layer norm over channels.
         act_cfg: Config of the activation after the two convolutions; None for none.
@@ -51,8 +50,8 @@ class SimpleFPN(BaseModule):
         super().__init__(init_cfg)
         if in_channels < 4 or in_channels % 4:
             raise ValueError(
-                f'in_channels must be a multiple of 4, which the map at stride 4 has a quarter of, '
-                f'got {in_channels}'
+                f'in_channels must be a multiple of 4, got {in_channels}: the map at stride 4 has '
+                'a quarter of the channels'
             )
         if num_outs < 4:
             raise ValueError(f'num_outs must be at least 4, for strides 4 to 32, got {num_outs}')
@@ -100,7 +99,7 @@ class SimpleFPN(BaseModule):
         if len(inputs) != 1:
             raise ValueError(
                 f'SimpleFPN takes one map, got {len(inputs)}: give the backbone one of out_indices,'
-                " or take mmdet's FPN for a backbone with several"
+                " or use mmdet's FPN for a backbone with several"
             )
         outs = [
             fpn_conv(lateral_conv(resize(inputs[0])))

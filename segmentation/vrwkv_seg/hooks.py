@@ -1,4 +1,4 @@
-"""Checks of a run before it starts."""
+"""A hook that compares a model with its data before a run."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch.utils.data import DataLoader
 
 @HOOKS.register_module()
 class NumClassCheckHook(Hook):
-    """Require heads of as many classes as the data set has, as mmdet's hook of this name does.
+    """Require that each head has as many classes as the data set, like mmdet's hook of this name.
 
-    With fewer, a loss fails on some label, on a GPU without saying which; with more, mmseg's
-    ``IoUMetric`` leaves out the predictions of the classes that the data set lacks.
+    With fewer classes a loss fails at some label, on a GPU without its number. With more classes
+    mmseg's ``IoUMetric`` leaves out predictions of the classes that the data set lacks.
     """
 
     def before_train(self, runner: Runner) -> None:

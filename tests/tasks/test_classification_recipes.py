@@ -1,15 +1,19 @@
 """Short trainings by the recipe for one's own images, and what happens to data that do not fit."""
 
+import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from mmengine.fileio import load
+from mmengine.registry import DATASETS, DefaultScope
 from PIL import Image
 
 from vrwkv.backbones import VRWKV
 from vrwkv.engine import cli
+from vrwkv_cls.checks import ClassCheckHook
 
 ROOT = Path(__file__).resolve().parents[2]
 CUSTOM = ROOT / 'configs/classification/vrwkv-tiny_in1k-pre_1xb64-50e_custom.py'
@@ -199,15 +203,49 @@ def test_other_classes_in_the_validation_set(config, images):
         train(config('renamed', images))
 
 
-@pytest.mark.parametrize('label', [2, -1])
-def test_label_outside_the_classes(label, config, images):
-    lines = [f'{path.parent.name}/{path.name} 0' for path in images.glob('train/*/*.png')]
+@pytest.mark.parametrize(('split', 'label'), [('train', 2), ('train', -1), ('val', 2)])
+def test_label_outside_the_classes(split, label, config, images):
+    lines = [f'{path.parent.name}/{path.name} 0' for path in images.glob(f'{split}/*/*.png')]
     lines[3] = lines[3][:-1] + str(label)
-    (images / 'list.txt').write_text('\n'.join(lines))
-    more = "train_dataloader['dataset']['ann_file'] = 'list.txt'"
+    (images / 'list.txt').write_text('\n'.join(lines), encoding='utf-8-sig')
+    more = f"{split}_dataloader['dataset']['ann_file'] = 'list.txt'"
     path = config('labels', images, more=more)
     with pytest.raises(ValueError, match=rf'\.png has the label \[{label}\].*go from 0 to 1'):
-        train(path, '--no-validate')
+        train(path, *(['--no-validate'] if split == 'train' else []))
+
+
+@pytest.mark.parametrize('step', ['train', 'val', 'test'])
+@pytest.mark.parametrize(
+    ('labels', 'problem'),
+    [
+        (dict(gt_label=[0, 1]), None),
+        (dict(gt_label=[]), None),
+        (dict(gt_score=[0.0, 1.0]), None),
+        (dict(gt_label=[1, 2]), r'a\.png has the label \[1, 2\], but the model has num_classes=2'),
+        (dict(gt_label=[-1, 1]), r'a\.png has the label \[-1, 1\].*labels go from 0 to 1'),
+        (dict(gt_score=[0.0, 1.0, 0.0]), r'a\.png has scores of 3 classes'),
+    ],
+)
+def test_several_labels(step, labels, problem, tmp_path):
+    """Of a file in mmengine's format, with a byte order mark, in each of the three loops."""
+    content = dict(metainfo=dict(classes=['a', 'b']), data_list=[dict(img_path='a.png', **labels)])
+    (tmp_path / 'list.json').write_text(json.dumps(content), encoding='utf-8-sig')
+    Image.new('RGB', (4, 4)).save(tmp_path / 'a.png')
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        dataset = DATASETS.build(
+            dict(
+                type='MultiLabelDataset',
+                data_root=str(tmp_path),
+                ann_file='list.json',
+                pipeline=[dict(type='LoadImageFromFile'), dict(type='PackInputs')],
+            )
+        )
+    hook = ClassCheckHook()
+    hook.num_classes = 2
+    sample = dataset[0]['data_samples']
+    for samples in ([sample], [[sample, sample]]):  # the latter with --tta
+        with pytest.raises(ValueError, match=problem) if problem else nullcontext():
+            getattr(hook, f'before_{step}_iter')(None, 0, dict(data_samples=samples))
 
 
 def test_a_file_that_is_no_image(config, images):

@@ -130,6 +130,12 @@ class CheckedLoadImageFromFile(LoadImageFromFile):
         return results
 
 
+def warn_again() -> None:
+    """Give the warning about a loss of values once more."""
+    if _warned is not None:
+        _warned[0] = False
+
+
 def require_readable(path: str, header: ImageHeader, color_type: str, backend: str) -> None:
     """Require that mmcv reads all bands of a file, and its values as they are or divided by 256.
 
@@ -257,12 +263,14 @@ def size_of(image: np.ndarray) -> str:
 
 
 def check_bands(preprocessor: type[nn.Module]) -> None:
-    """Make a data preprocessor name an image whose number of channels is not the model's.
+    """Make a data preprocessor name an image whose number of bands is not the model's.
 
-    mmpretrain, mmdet and mmseg (all versions so far) fail in a subtraction, which names no file.
+    mmpretrain, mmdet and mmseg (all versions so far) fail in a subtraction that names no file, or
+    mmdet drops the bands after the third. An image of one band becomes equal bands, as mmpretrain
+    and mmseg have it. mmdet's treatment of RGBA arrays, which drops the alpha channel, remains.
 
     Args:
-        preprocessor: Class of the data preprocessor; its ``mean`` has a value for each channel.
+        preprocessor: Class of the data preprocessor; its ``mean`` has a value for each band.
     """
     forward = preprocessor.forward
 
@@ -271,23 +279,36 @@ def check_bands(preprocessor: type[nn.Module]) -> None:
         mean = getattr(self, 'mean', None)
         images = data.get('inputs') if isinstance(data, dict) else None
         if mean is not None and mean.numel() > 1 and images is not None:
-            _require_bands(images, data.get('data_samples'), mean.numel())
+            drops = getattr(self, '_channel_conversion', False)  # mmdet's name
+            _require_bands(images, data.get('data_samples'), mean.numel(), drops)
+            if isinstance(images, list):
+                bands = mean.numel()
+                data = dict(data, inputs=[_repeat(image, bands) for image in images])
         return forward(self, data, training)
 
     preprocessor.forward = checked
 
 
-def _require_bands(images: torch.Tensor | list, samples: list | None, expected: int) -> None:
+def _repeat(image: torch.Tensor, bands: int) -> torch.Tensor:
+    single = isinstance(image, torch.Tensor) and image.ndim == 3 and len(image) == 1
+    return image.expand(bands, -1, -1) if single else image
+
+
+def _require_bands(
+    images: torch.Tensor | list, samples: list | None, expected: int, drops: bool
+) -> None:
     for index, image in enumerate(images):
-        if not isinstance(image, torch.Tensor) or image.ndim != 3 or len(image) == expected:
+        if not isinstance(image, torch.Tensor) or image.ndim != 3:
             continue
         path = samples[index].get('img_path') if samples else None
+        if len(image) in (1, expected) or (drops and path is None and len(image) > expected):
+            continue
         raise ValueError(
-            f'{path or "the image given as an array"} has {len(image)} '
-            f'band{"s" if len(image) > 1 else ""} of {str(image.dtype).removeprefix("torch.")}, '
-            f'but the model takes {expected} (mean and std of the data_preprocessor): convert the '
-            "image, or load it with color_type='color'; for a model of other bands set in_channels "
-            'of the backbone, and mean and std'
+            f'{path or "the image given as an array"} has {len(image)} bands of '
+            f'{str(image.dtype).removeprefix("torch.")}, but the model takes {expected} (mean and '
+            'std of the data_preprocessor): convert the image, or load it with '
+            "color_type='color'; for a model of other bands set in_channels of the backbone, and "
+            'mean and std'
         )
 
 

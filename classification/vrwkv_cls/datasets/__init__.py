@@ -1,4 +1,4 @@
-"""Data sets that the classification examples make themselves."""
+"""Data sets that the classification examples write."""
 
 from .digits import write_digits
 

@@ -1,4 +1,4 @@
-"""The handwritten digits that scikit-learn ships, as a folder of images."""
+"""The handwritten digits of scikit-learn as a folder of images."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ HELD_OUT = 1 / 5
 
 
 def write_digits(root: str | os.PathLike, size: int = 32) -> Path:
-    """Write the digits as ``root/{train,val}/<digit>/<index>.png``, unless they are there.
+    """Write the digits to ``root/{train,val}/<digit>/<index>.png`` unless the folder holds them.
 
     The 1,797 images of 8x8 pixels (the UCI test set of `Optical Recognition of Handwritten Digits
     <https://doi.org/10.24432/C50P49>`_) are enlarged bicubically. A stratified fifth is held out as
-    ``val``; the split is always the same. The folder appears whole or not at all, so that an
-    interrupted call may simply be repeated.
+    ``val``; the split is always the same. The folder appears when it is complete, so an interrupted
+    call can be repeated.
 
     Args:
         root: The folder to write.
@@ -30,7 +30,7 @@ def write_digits(root: str | os.PathLike, size: int = 32) -> Path:
 
     Raises:
         ImportError: If scikit-learn is not installed.
-        FileExistsError: If ``root`` exists and does not hold the digits, whole.
+        FileExistsError: If ``root`` exists and does not hold all digits.
     """
     root = Path(root)
     if root.exists():
