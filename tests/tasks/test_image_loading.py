@@ -64,7 +64,7 @@ def tiff(image):
     tags = [
         (256, short, 1, width),
         (257, short, 1, height),
-        (258, short, bands, after),
+        (258, short, bands, bits | bits << 16 if bands == 2 else after),  # in place, or where
         (259, short, 1, 1),
         (262, short, 1, 1),
         (273, long, 1, after + 4 * bands),
