@@ -341,6 +341,13 @@ def test_operators_work_without_kernels():
     assert result.returncode == 0, result.stderr
 
 
+def test_old_torch():
+    script = 'import torch; del torch.library.register_fake; import vrwkv_ops'
+    result = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True)
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith('ImportError: vrwkv_ops needs torch 2.4') and 'pip install' in last
+
+
 def test_python_m_vrwkv_ops():
     result = subprocess.run(
         [sys.executable, '-m', 'vrwkv_ops'], capture_output=True, text=True, check=True
