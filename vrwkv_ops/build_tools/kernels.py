@@ -287,7 +287,7 @@ def compile_commands(parts: Mapping[str, Part], cuda_home: str | None, folder: P
 
     commands = {}
     if parts['cpu'].built:
-        headers = [f'-isystem{path}' for path in cpp_extension.include_paths()]
+        headers = _system_headers(cpp_extension.include_paths())
         commands['cpu'] = [
             command([*cxx, *headers, *flags], source, variant)
             for source in sorted(CSRC.glob('*/cpu_kernels.cpp'))
@@ -297,7 +297,7 @@ def compile_commands(parts: Mapping[str, Part], cuda_home: str | None, folder: P
         commands['cpu'] += [command([*cxx, '-O1', *headers], source) for source in sorted(sources)]
     if parts['cuda'].built:
         os.environ['TORCH_CUDA_ARCH_LIST'] = parts['cuda'].archs
-        headers = [f'-isystem{path}' for path in cpp_extension.include_paths('cuda')]
+        headers = _system_headers(cpp_extension.include_paths('cuda'))
         flags = [*common, *headers, '-DVRWKV_OPS_WITH_CUDA']
         nvcc = [str(Path(cuda_home, 'bin', 'nvcc')), '-O3', '-Xcompiler', '-fPIC']
         nvcc += ['-ccbin', _cxx()[0]] if os.environ.get('CXX') else []
@@ -307,6 +307,10 @@ def compile_commands(parts: Mapping[str, Part], cuda_home: str | None, folder: P
             command([*cxx, '-O1', *flags], CSRC / 'registration.cpp', 'cuda'),
         ]
     return commands
+
+
+def _system_headers(folders: list[str]) -> list[str]:
+    return [word for folder in folders for word in ('-isystem', folder)]
 
 
 def compile_all(commands: list[Command]) -> None:
