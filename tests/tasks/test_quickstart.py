@@ -30,22 +30,22 @@ def test_installs_without_a_compiler(cells, repository):
 
 @pytest.mark.usefixtures('training_environment')
 def test_cells(cells, repository, tmp_path, monkeypatch):
-    """Eight images and one epoch; Jupyter starts in the notebook's folder, here in an empty one."""
+    """Eight images and two epochs; Jupyter starts in the notebook's folder, here in an empty one."""
     (tmp_path / 'demo').mkdir()
     monkeypatch.chdir(tmp_path / 'demo')
     (tmp_path / 'configs').symlink_to(repository / 'configs')
     (tmp_path / 'demo/digit_scenes.py').symlink_to(repository / 'demo/digit_scenes.py')
     source = '\n'.join(cells)
     assert source.count('IMAGES, EPOCHS = 200, 6') == 1
-    source = source.replace('IMAGES, EPOCHS = 200, 6', 'IMAGES, EPOCHS = 8, 1')
+    source = source.replace('IMAGES, EPOCHS = 200, 6', 'IMAGES, EPOCHS = 8, 2')
     names = {}
     with mpl.rc_context({'backend': 'Agg'}):
         exec(compile(source, 'quickstart.ipynb', 'exec'), names)
         mpl.pyplot.close('all')
     assert names['cost'].parameters == pytest.approx(6.2e6, rel=0.01)
     assert [m.shape for m in names['maps']] == [torch.Size([1, 192, 26, 40])] * 3
-    assert names['runner'].epoch == 1
-    assert (tmp_path / 'demo/work_dirs/quickstart/epoch_1.pth').is_file()
+    assert names['runner'].epoch == 2
+    assert (tmp_path / 'demo/work_dirs/quickstart/epoch_2.pth').is_file()
     assert [image.shape for image in names['drawn']] == [(128, 128, 3)] * 4
     pixels = np.stack(names['drawn'])
     assert pixels.std() > 10
