@@ -30,7 +30,7 @@ def test_installs_without_a_compiler(cells, repository):
 
 @pytest.mark.usefixtures('training_environment')
 def test_cells(cells, repository, tmp_path, monkeypatch):
-    """Eight images and two epochs; Jupyter starts in the notebook's folder, here in an empty one."""
+    """Eight images, two epochs; it starts in its folder, like Jupyter, here in an empty one."""
     (tmp_path / 'demo').mkdir()
     monkeypatch.chdir(tmp_path / 'demo')
     (tmp_path / 'configs').symlink_to(repository / 'configs')
