@@ -102,24 +102,26 @@ def row(python, versions, flavour, wheels):
     return [python, versions, flavour, ', '.join(shown), *results]
 
 
+def write_table(rows):
+    """Replace the table in the installation page."""
+    header = [['Python', 'packages', 'flavour', 'versions', *TASKS], ['---'] * (4 + len(TASKS))]
+    lines = [' | '.join(cell.replace('|', '\\|') for cell in cells) for cells in header + rows]
+    table = '\n'.join(f'| {line} |' for line in lines)
+    title = f'Results of `make matrix` ({datetime.date.today()}, {sys.platform}, CPU):'
+    before, _, rest = PAGE.read_text().partition('<!-- matrix -->\n')
+    end = '<!-- end of matrix -->'
+    PAGE.write_text(f'{before}<!-- matrix -->\n{title}\n\n{table}\n\n{end}{rest.partition(end)[2]}')
+
+
 def main():
     """Run all combinations and write the table."""
-    rows = [['Python', 'packages', 'flavour', 'versions', *TASKS], ['---'] * (4 + len(TASKS))]
+    rows = []
     with tempfile.TemporaryDirectory(prefix='matrix-') as folder:
         for combination in itertools.product(PYTHONS, VERSIONS, FLAVOURS):
             start = time.monotonic()
             rows.append(row(*combination, Path(folder)))
             print(f'{time.monotonic() - start:.0f} s:', *rows[-1], sep=' | ', flush=True)
-    lines = ['| ' + ' | '.join(cell.replace('|', '\\|') for cell in cells) + ' |' for cells in rows]
-    machine = f'{datetime.date.today()}, {sys.platform}, CPU'
-    table = f'<!-- matrix -->\nResults of `make matrix` ({machine}):\n\n' + '\n'.join(lines)
-    page = re.sub(
-        '<!-- matrix -->.*?(?=\n<!-- end of matrix -->)',
-        lambda _: table,
-        PAGE.read_text(),
-        flags=re.DOTALL,
-    )
-    PAGE.write_text(page)
+    write_table(rows)
 
 
 if __name__ == '__main__':

@@ -3,7 +3,13 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from .mmcv_ops import EXTENSION, how_to_compile, how_to_install
+from .mmcv_ops import (
+    EXTENSION,
+    how_to_compile,
+    how_to_install,
+    require_one_mmcv,
+    torchvision_error,
+)
 
 
 @contextmanager
@@ -16,8 +22,9 @@ def explain_missing(package: str, extra: str, brings: tuple[str, ...]) -> Iterat
         brings: The packages that come with the extra.
 
     Raises:
-        ImportError: If an import fails.
+        ImportError: If an import fails, or installed packages do not fit each other.
     """
+    require_one_mmcv()
     try:
         yield
     except ImportError as error:
@@ -44,3 +51,7 @@ def explain_missing(package: str, extra: str, brings: tuple[str, ...]) -> Iterat
         if 'is used but incompatible' not in str(error):
             raise
         raise ImportError(f'{package}: {error} Type: {how_to_install()}') from error
+    except RuntimeError as error:
+        if 'torchvision::' not in str(error):
+            raise
+        raise torchvision_error(error) from error

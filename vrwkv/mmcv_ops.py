@@ -61,6 +61,31 @@ def how_to_install() -> str:
     return f'{_UNINSTALL}; pip install mmcv-lite==2.1.0'
 
 
+def torchvision_error(error: Exception) -> ImportError:
+    """Return the error to raise where torchvision does not work with this PyTorch."""
+    minor = int(torch.__version__.split('.')[1])
+    return ImportError(
+        f'torchvision does not work with PyTorch {torch.__version__} ({error}). Type: pip install '
+        f'--force-reinstall --no-deps torchvision==0.{minor + 15}.*',
+        name='torchvision',
+    )
+
+
+def require_one_mmcv() -> None:
+    """Check that at most one distribution of mmcv is installed.
+
+    Raises:
+        ImportError: If there are several: they share one folder.
+    """
+    versions = installed()
+    if len(versions) > 1:
+        raise ImportError(
+            f'{" and ".join(f"{k} {v}" for k, v in versions.items())} are installed over each '
+            f'other, in the same folder. Type: {how_to_install()} (or compile mmcv: '
+            f'{how_to_compile()})'
+        )
+
+
 def _nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Tensor:
     # As mmcv does: sort once (ties fall where they fall), compare with a threshold in float32.
     order = scores.sort(0, descending=True).indices
@@ -234,13 +259,7 @@ class _Finder(MetaPathFinder, Loader):
         try:
             import torchvision  # noqa: F401 (registers the operators)
         except (ImportError, RuntimeError) as error:
-            minor = int(torch.__version__.split('.')[1])
-            raise ImportError(
-                f'mmcv has no compiled operators here, and torchvision, which would stand in, does '
-                f'not work with PyTorch {torch.__version__} ({error}). Type: pip install '
-                f'--force-reinstall --no-deps torchvision==0.{minor + 15}.*',
-                name='torchvision',
-            ) from error
+            raise torchvision_error(error) from error
         print_log(f'mmcv has no compiled operators: {SERVED}.', 'current', logging.INFO)
 
 
@@ -254,13 +273,7 @@ def serve_mmcv_ops() -> None:
     """
     if any(isinstance(finder, _Finder) for finder in sys.meta_path):
         return
-    versions = installed()
-    if len(versions) > 1:
-        raise ImportError(
-            f'{" and ".join(f"{k} {v}" for k, v in versions.items())} are installed over each '
-            f'other, in the same folder. Type: {how_to_install()} (or compile mmcv: '
-            f'{how_to_compile()})'
-        )
+    require_one_mmcv()
     sys.meta_path.append(_Finder())
 
 

@@ -1,4 +1,4 @@
-"""Importing the tasks' packages: what it registers, and what it says where something is missing."""
+"""Importing the tasks' packages: what they register, and errors for packages that do not fit."""
 
 import importlib
 import subprocess
@@ -7,6 +7,8 @@ import sys
 import pytest
 
 import vrwkv.backbones
+from vrwkv import mmcv_ops
+from vrwkv._imports import explain_missing
 
 
 @pytest.mark.parametrize(
@@ -82,3 +84,35 @@ def test_a_missing_package_is_named_with_its_remedy(module, remedies):
     for package, remedy in remedies.items():
         assert messages[package].startswith(f'{module} needs the package {package!r}')
         assert remedy in messages[package]
+
+
+@pytest.mark.parametrize(
+    ('failure', 'remedy'),
+    [
+        (RuntimeError('operator torchvision::nms does not exist'), r'Type: .* torchvision==0\.\d+'),
+        (AssertionError('MMCV==2.2.0 is used but incompatible.'), r'Type: .* mmcv-lite==2\.1\.0'),
+    ],
+)
+def test_packages_that_do_not_fit_each_other(failure, remedy):
+    with (
+        pytest.raises(ImportError, match=remedy),
+        explain_missing('vrwkv_cls', 'classification', ('mmpretrain',)),
+    ):
+        raise failure
+
+
+def test_other_errors_of_an_import_stay_as_they_are():
+    with (
+        pytest.raises(RuntimeError, match='CUDA error'),
+        explain_missing('vrwkv_cls', 'classification', ('mmpretrain',)),
+    ):
+        raise RuntimeError('CUDA error')
+
+
+def test_two_installed_builds_of_mmcv(monkeypatch):
+    monkeypatch.setattr(mmcv_ops, 'installed', lambda: {'mmcv': '2.1.0', 'mmcv-lite': '2.1.0'})
+    with (
+        pytest.raises(ImportError, match=r'mmcv 2\.1\.0 and mmcv-lite 2\.1\.0 .*Type: pip unins'),
+        explain_missing('vrwkv_cls', 'classification', ('mmpretrain',)),
+    ):
+        pass
