@@ -27,9 +27,10 @@ from mmengine.utils import track_iter_progress
 from torch import nn
 from torch.utils.data import Dataset
 
-from vrwkv.analysis.drawing import picture, table
+from vrwkv.analysis.drawing import picture
 from vrwkv.analysis.models import build_model, read_config
 from vrwkv.engine import images
+from vrwkv_ops.benchmarking import markdown_table
 
 SPLITS = ('train', 'val', 'test')
 LISTED = 10  # problems that are printed for each set
@@ -174,7 +175,7 @@ class Browser:
                 rows.append(['', 'ignored or outside', f'{others:,}', f'{others / total:.1%}'])
             if len(rows) > 30:
                 rows = [*rows[:15], ['', '...', '', ''], *rows[-15:]]
-            lines += ['', table(['label', 'class', self.unit, 'share'], rows), '']
+            lines += ['', markdown_table(['label', 'class', self.unit, 'share'], rows), '']
         lines.append(f'{len(self.problems):,} problems' if self.problems else 'no problems')
         lines += [f'- {problem}' for problem in self.problems[:LISTED]]
         if len(self.problems) > LISTED:
