@@ -112,6 +112,33 @@ def test_one_step_moves_layers_by_their_rates():
     assert moved == pytest.approx([0.125, 0.25, 0.5], rel=1e-6)  # float32
 
 
+def test_default_rate_and_weight_decay_of_the_optimizer():
+    """AdamW's are 1e-3 and 1e-2."""
+    wrapper = build_optim_wrapper(
+        Model(),
+        dict(
+            optimizer=dict(type='AdamW'),
+            constructor='LayerDecayOptimWrapperConstructor',
+            paramwise_cfg=dict(layer_decay_rate=0.5, custom_keys=dict(head=dict(lr_mult=10))),
+        ),
+    )
+    found = {(group['lr'], group['weight_decay']) for group in wrapper.optimizer.param_groups}
+    layers = {(1e-3 * 0.5**power, decay) for power in range(1, 5) for decay in (0.0, 1e-2)}
+    assert found == {*layers, (1e-3, 0.0), (1e-2, 1e-2)}  # the last norm, the head
+
+
+def test_optimizer_without_a_rate():
+    with pytest.raises(ValueError, match=r'this optimizer has none: set lr .*Adafactor'):
+        build_optim_wrapper(
+            Model(),
+            dict(
+                optimizer=dict(type='Adafactor', lr=None),
+                constructor='LayerDecayOptimWrapperConstructor',
+                paramwise_cfg=dict(layer_decay_rate=0.5),
+            ),
+        )
+
+
 @pytest.mark.parametrize('rate', [None, 0, 1.5, '0.9'])
 def test_wrong_rate(rate):
     with pytest.raises(ValueError, match=r'layer_decay_rate above 0 and at most 1.*got'):

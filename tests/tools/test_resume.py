@@ -1,6 +1,8 @@
 """A training killed at any moment ends, once resumed, where the unbroken one ends: bit for bit."""
 
+import shutil
 import signal
+import textwrap
 
 import pytest
 import torch
@@ -74,7 +76,7 @@ def test_truncated_newest_checkpoint_is_passed_over(toy_config, load, tmp_path):
     log = ''.join(path.read_text() for path in work_dir.glob('*/*.log'))
     assert f'Cannot resume from {newest}' in log
     assert 'is truncated' in log
-    assert f'Resumed from {work_dir / "epoch_3.pth"}.' in log
+    assert f'Resuming from {work_dir / "epoch_3.pth"}.' in log
     assert_same_training(load(newest), whole)
 
 
@@ -116,6 +118,139 @@ def test_resume_from_weights_alone_is_refused(toy_config, tmp_path):
         CheckpointError, match=r'weights\.pth.* holds weights but no state of a training'
     ):
         cli.train([str(toy_config()), '--work-dir', str(tmp_path / 'work'), '--resume', str(path)])
+
+
+def test_accumulation_is_exact(toy_config, load, tmp_path):
+    """Epochs of 6 iterations in steps of 4: no gradient may cross the end of an epoch."""
+    changes = "optim_wrapper['accumulative_counts'] = 4\nrandomness = dict(seed=1)"
+    unbroken, resumed = tmp_path / 'unbroken', tmp_path / 'resumed'
+    cli.train([str(toy_config('unbroken', changes)), '--work-dir', str(unbroken)])
+    resumed.mkdir()
+    shutil.copy(unbroken / 'epoch_3.pth', resumed)
+    cli.train([str(toy_config('resumed', changes)), '--work-dir', str(resumed), '--resume'])
+    assert_same_training(load(resumed / 'epoch_4.pth'), load(unbroken / 'epoch_4.pth'))
+    steps = load(unbroken / 'epoch_4.pth')['optimizer']['state'][0]['step']
+    assert steps == 4 * 2  # of 4 and 2 iterations in each epoch
+
+
+def test_last_step_of_an_epoch_takes_the_mean_gradient(toy_config, load, tmp_path):
+    """Steps of 4 among 6 equal iterations move by the same gradient, whether of 4 or of 2."""
+    changes = """
+    model = dict(type='ToyModel', dropout=0., norm='Identity')
+    train_dataloader['dataset'].update(augment=False)
+    train_dataloader['batch_size'] = 24
+    train_cfg = dict(by_epoch=True, max_epochs=1)
+    optim_wrapper = dict(optimizer=dict(type='SGD', lr=0.5))
+    param_scheduler = None
+    custom_hooks = []
+    randomness = dict(seed=1)
+    """
+    weights = []
+    for name, repeats, counts in (('six', 6, 4), ('two', 2, 1)):
+        config = toy_config(
+            name,
+            f"{textwrap.dedent(changes)}\ntrain_dataloader['dataset']['repeats'] = {repeats}\n"
+            "train_dataloader['sampler'] = dict(type='DefaultSampler', shuffle=False)\n"
+            f"optim_wrapper['accumulative_counts'] = {counts}",
+        )
+        cli.train([str(config), '--work-dir', str(tmp_path / name), '--no-validate'])
+        weights.append(load(tmp_path / name / 'epoch_1.pth')['state_dict'])
+    torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)  # sums of float32 in another order
+
+
+def saved_best(folder):
+    return sorted(path.name for path in folder.glob('best_*'))
+
+
+@pytest.mark.parametrize('copied', [False, True])
+@pytest.mark.parametrize('indicators', [1, 2])
+def test_files_of_another_run_are_kept(copied, indicators, toy_config, load, tmp_path):
+    changes = 'randomness = dict(seed=0)\ncustom_hooks = []\n'
+    if indicators == 2:
+        changes += """default_hooks['checkpoint'].update(
+            save_best=['toy/likelihood', 'toy/count'], rule=['greater', 'greater'])\n"""
+    old, new = tmp_path / 'old', tmp_path / 'new'
+    first = toy_config('first', f'{changes}train_cfg = dict(by_epoch=True, max_epochs=2)')
+    cli.train([str(first), '--work-dir', str(old)])
+    before = {path: path.read_bytes() for path in old.glob('*.pth')}
+    assert len(before) == 2 + indicators
+    resume = ['--resume', str(old / 'epoch_2.pth')]
+    if copied:
+        shutil.copytree(old, new)
+        (old / 'epoch_2.pth').write_bytes(b'')  # the copy must not read it
+        before[old / 'epoch_2.pth'] = b''
+        resume = ['--resume']
+    cli.train([str(toy_config('second', changes)), '--work-dir', str(new), *resume])
+    assert {path: path.read_bytes() for path in old.glob('*.pth')} == before
+    assert load(new / 'epoch_4.pth')['meta']['iter'] == 24
+    best = [name for name in saved_best(new) if 'likelihood' in name]
+    assert len(best) == 1  # the copy of the old one is outdated
+    assert best != [name for name in saved_best(old) if 'likelihood' in name]
+
+
+def test_weights_beside_no_training_are_not_loaded(toy_config, load, tmp_path):
+    import toy
+
+    work_dir = tmp_path / 'work'
+    work_dir.mkdir()
+    model = toy.ToyModel()
+    torch.nn.init.constant_(model.head.bias, 0.5)
+    torch.save(dict(state_dict=model.state_dict(), meta=None), work_dir / 'released_224.pth')
+    cli.train([
+        str(toy_config(changes='param_scheduler = None')), '--work-dir', str(work_dir), '--resume',
+        '--cfg-options', 'train_cfg.max_epochs=1', 'optim_wrapper.optimizer.lr=0.',
+    ])  # fmt: skip
+    log = ''.join(path.read_text() for path in work_dir.glob('*/*.log'))
+    assert f'Cannot resume from {work_dir / "released_224.pth"}' in log
+    assert 'training starts from scratch' in log
+    assert (load(work_dir / 'epoch_1.pth')['state_dict']['head.bias'] != 0.5).all()
+
+
+def test_best_checkpoint_cannot_be_resumed(toy_config, tmp_path):
+    """It holds no state of the optimizer, which mmengine would start anew in silence."""
+    config = [str(toy_config()), '--work-dir', str(tmp_path), '--cfg-options']
+    cli.train([*config, 'train_cfg.max_epochs=2'])
+    (best,) = tmp_path.glob('best_*')
+    with pytest.raises(CheckpointError, match=r'no state of a training to resume \(no optimizer\)'):
+        cli.train([*config, 'train_cfg.max_epochs=3', '--resume', str(best)])
+
+
+@pytest.mark.parametrize('explicit', [False, True])
+def test_checkpoint_is_read_once(explicit, toy_config, tmp_path, monkeypatch):
+    work_dir = tmp_path / 'work'
+    options = ['--work-dir', str(work_dir), '--cfg-options']
+    cli.train([str(toy_config('first')), *options, 'train_cfg.max_epochs=2'])
+    newest = str(work_dir / 'epoch_2.pth')
+    read = []
+    torch_load = torch.load
+
+    def count(file, *args, **kwargs):
+        read.append(str(file))
+        return torch_load(file, *args, **kwargs)
+
+    monkeypatch.setattr(torch, 'load', count)
+    resume = ['--resume', newest] if explicit else ['--resume']
+    cli.train([str(toy_config('second')), *options, 'train_cfg.max_epochs=3', *resume])
+    assert read == [newest]
+
+
+@pytest.mark.parametrize(
+    ('scheduler', 'warned'),
+    [
+        ("[dict(type='CosineAnnealingLR', end=2, T_max=2, convert_to_iter_based=True)]", True),
+        ("[dict(type='LinearLR', start_factor=0.1, end=1)]", False),  # constant since epoch 1
+        ('None', False),
+    ],
+)
+def test_longer_training_on_resume(scheduler, warned, toy_config, load, tmp_path):
+    changes = f'param_scheduler = {scheduler}'
+    work = ['--work-dir', str(tmp_path / 'work'), '--cfg-options']
+    cli.train([str(toy_config('first', changes)), *work, 'train_cfg.max_epochs=2'])
+    cli.train([str(toy_config('second', changes)), *work, 'train_cfg.max_epochs=3', '--resume'])
+    log = ''.join(path.read_text() for path in tmp_path.glob('work/*/*.log'))
+    assert ('comes from a training with max_iters=12; this one has max_iters=18' in log) is warned
+    assert ('set load_from=' in log) is warned
+    assert load(tmp_path / 'work' / 'epoch_3.pth')['meta']['epoch'] == 3
 
 
 @pytest.mark.parametrize('workers', WORKERS)
@@ -195,6 +330,13 @@ def test_find_checkpoints_trusts_last_checkpoint_over_names(tmp_path):
         (tmp_path / name).write_text('')
     (tmp_path / 'last_checkpoint').write_text('/moved/away/epoch_2.pth')
     assert find_checkpoints(tmp_path) == [tmp_path / 'epoch_2.pth', tmp_path / 'epoch_9.pth']
+    other = tmp_path / 'copied_from'
+    other.mkdir()
+    for name in ('epoch_2.pth', 'epoch_5.pth'):
+        (other / name).write_text('')
+    (tmp_path / 'last_checkpoint').write_text(str(other / 'epoch_2.pth'))
+    own = [tmp_path / 'epoch_2.pth', tmp_path / 'epoch_9.pth']
+    assert find_checkpoints(tmp_path)[:3] == [*own, other / 'epoch_2.pth']
     (tmp_path / 'last_checkpoint').write_text('')
     assert {path.name for path in find_checkpoints(tmp_path)} == {'epoch_2.pth', 'epoch_9.pth'}
     assert find_checkpoints(tmp_path / 'none') == []

@@ -21,11 +21,12 @@ class ToyDataset(torch.utils.data.Dataset):
 
     metainfo = dict(classes=('a', 'b', 'c'))  # noqa: RUF012 (as mmengine has it)
 
-    def __init__(self, size=24, augment=True):
+    def __init__(self, size=24, augment=True, repeats=1):
         generator = torch.Generator().manual_seed(0)
         self.labels = torch.arange(size) % CLASSES
         centres = 2 * torch.randn(CLASSES, FEATURES, generator=generator)
-        self.points = centres[self.labels] + torch.randn(size, FEATURES, generator=generator)
+        points = centres[self.labels] + torch.randn(size, FEATURES, generator=generator)
+        self.labels, self.points = self.labels.repeat(repeats), points.repeat(repeats, 1)
         self.augment = augment
 
     def __len__(self):

@@ -8,6 +8,7 @@ from .checkpoint import CheckpointError, read_checkpoint
 from .hooks import AtomicCheckpointHook, EpochSeedHook
 from .layer_decay import LayerDecayOptimWrapperConstructor
 from .optim import CPUAmpOptimWrapper
+from .outputs import LabelMapsHook, PicturesHook
 from .runner import VRWKVRunner, find_checkpoints
 
 __all__ = [
@@ -15,7 +16,9 @@ __all__ = [
     'CPUAmpOptimWrapper',
     'CheckpointError',
     'EpochSeedHook',
+    'LabelMapsHook',
     'LayerDecayOptimWrapperConstructor',
+    'PicturesHook',
     'VRWKVRunner',
     'find_checkpoints',
     'read_checkpoint',

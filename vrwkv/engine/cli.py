@@ -1,27 +1,74 @@
 """The command lines of ``tools/train.py`` and ``tools/test.py``, for every task."""
 
 import argparse
+import ast
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.dist import is_main_process
 from mmengine.evaluator import DumpResults
 from mmengine.fileio import dump
+from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.registry import METRICS, RUNNERS
 from mmengine.runner import Runner
 
+from .outputs import LabelMapsHook
 from .runner import VRWKVRunner
 
-# What draws predictions in each library: the hook's switch and the place of its output folder.
-_VISUALIZATION = {
-    'VisualizationHook': ('enable', 'out_dir'),
-    'DetVisualizationHook': ('draw', 'test_out_dir'),
-    'SegVisualizationHook': ('draw', None),  # mmseg writes where its visualizer says
-}
+
+class ConfigOption(DictAction):
+    """mmengine's ``DictAction`` that also reads dicts, such as ``hooks=[dict(type='A',b=1)]``.
+
+    mmengine's recurses without end on these.
+    """
+
+    @staticmethod
+    def _parse_iterable(val: str) -> Any:
+        try:
+            tree = ast.parse(val.strip(), mode='eval')
+            if any(isinstance(node, (ast.Call, ast.Dict)) for node in ast.walk(tree)):
+                return ast.literal_eval(_Dicts().visit(tree))
+        except (SyntaxError, ValueError):
+            pass  # a string without quotes
+        return DictAction._parse_iterable(val)
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Sequence[str],
+        option_string: str | None = None,
+    ) -> None:
+        """Add options to the namespace; an option that cannot be read ends the program."""
+        for value in values:
+            try:
+                super().__call__(parser, namespace, [value], option_string)
+            except (AssertionError, RecursionError, ValueError):
+                parser.error(
+                    f'argument {option_string}: cannot read {value!r}. Write KEY=VALUE, where '
+                    "VALUE is a number, a string, a list such as [1,2] or dict(type='A',b=1)"
+                )
+
+
+class _Dicts(ast.NodeTransformer):
+    """Turn ``dict(a=1)`` into ``{'a': 1}`` and names into strings."""
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        if not isinstance(node.func, ast.Name) or node.func.id != 'dict' or node.args:
+            return node
+        keys = [ast.Constant(keyword.arg) for keyword in node.keywords]
+        return ast.Dict(keys, [self.visit(keyword.value) for keyword in node.keywords])
+
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        return ast.Constant(DictAction._parse_int_float_bool(ast.unparse(node)))
+
+    visit_Attribute = visit_Name  # noqa: N815
 
 
 def train(argv: list[str] | None = None) -> None:
@@ -55,6 +102,7 @@ def train(argv: list[str] | None = None) -> None:
     args = _parse(parser, argv)
     cfg = _load_config(args)
 
+    _require(cfg, args.config, 'model', 'train_dataloader', 'train_cfg', 'optim_wrapper')
     if args.no_validate:
         cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
     if args.resume == 'auto':
@@ -62,7 +110,7 @@ def train(argv: list[str] | None = None) -> None:
     elif args.resume is not None:
         cfg.resume, cfg.load_from = True, args.resume
     if args.auto_scale_lr:
-        if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
+        if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
             raise ValueError(
                 f'--auto-scale-lr needs auto_scale_lr=dict(base_batch_size=...) in {args.config}: '
                 'the batch size over all GPUs that its learning rate was made for.'
@@ -106,6 +154,7 @@ def test(argv: list[str] | None = None) -> None:
     args = _parse(parser, argv)
     cfg = _load_config(args)
 
+    _require(cfg, args.config, 'model', 'test_dataloader', 'test_cfg', 'test_evaluator')
     cfg.load_from, cfg.resume = args.checkpoint, False
     if args.amp:
         cfg.test_cfg.fp16 = True
@@ -118,7 +167,9 @@ def test(argv: list[str] | None = None) -> None:
     if args.out and args.out_item == 'pred':
         writer = _prediction_writer(cfg, args.out)
     runner = build_runner(cfg)
-    if writer:
+    if isinstance(writer, Hook):
+        runner.register_hook(writer)
+    elif writer:
         runner.test_evaluator.metrics.append(writer)
     metrics = runner.test()
     if args.out and args.out_item == 'metrics' and is_main_process():
@@ -134,8 +185,8 @@ def make_resumable(cfg: Config) -> None:
     Args:
         cfg (Config): The config, changed in place.
     """
-    hooks = cfg.setdefault('default_hooks', {})
-    checkpoint = hooks.setdefault('checkpoint', dict(type='CheckpointHook', interval=1))
+    cfg.default_hooks = cfg.get('default_hooks') or {}
+    checkpoint = cfg.default_hooks.setdefault('checkpoint', dict(type='CheckpointHook', interval=1))
     if checkpoint is not None and _type_name(checkpoint) == 'CheckpointHook':
         checkpoint['type'] = 'AtomicCheckpointHook'
     custom = cfg.get('custom_hooks') or []
@@ -149,9 +200,10 @@ def _parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         '--cfg-options',
         nargs='+',
-        action=DictAction,
+        action=ConfigOption,
         metavar='KEY=VALUE',
-        help='change settings of the config: a.b=1, a.0.b=1 (lists), "a=[1,2]", "a=[(1,2),(3,4)]"',
+        help='change settings of the config: a.b=1, a.0.b=1 (lists), "a=[(1,2),(3,4)]", '
+        '"a=[dict(type=\'B\',c=1)]"',
     )
     parser.add_argument(
         '--launcher',
@@ -182,6 +234,16 @@ def _load_config(args: argparse.Namespace) -> Config:
         cfg.work_dir = str(Path('work_dirs', Path(args.config).stem))
     complete_loaders(cfg)
     return cfg
+
+
+def _require(cfg: Config, path: str, *sections: str) -> None:
+    """Require sections of a config that its command needs."""
+    missing = [section for section in sections if cfg.get(section) is None]
+    if missing:
+        raise ValueError(
+            f'{path} has no {", ".join(missing)}: this command needs {", ".join(sections)} in the '
+            'config.'
+        )
 
 
 def complete_loaders(cfg: Config) -> None:
@@ -216,8 +278,9 @@ def build_runner(cfg: Config) -> Runner:
 
 
 def _type_name(cfg: dict) -> str:
-    """Name of a config's type, which may be a string or a class."""
-    return getattr(cfg.get('type'), '__name__', cfg.get('type'))
+    """Return the name of a config's type, a class or a string, without a scope."""
+    kind = cfg.get('type')
+    return getattr(kind, '__name__', kind and kind.rpartition('.')[2])
 
 
 def _set_precision(cfg: Config, amp: bool) -> None:
@@ -247,26 +310,31 @@ def _set_precision(cfg: Config, amp: bool) -> None:
 
 
 def _draw_predictions(cfg: Config, args: argparse.Namespace) -> None:
-    hook = cfg.get('default_hooks', {}).get('visualization')
-    if hook is None or _type_name(hook) not in _VISUALIZATION:
+    hook = (cfg.get('default_hooks') or {}).get('visualization') or {}
+    kind = _type_name(hook)
+    if kind == 'VisualizationHook':  # mmpretrain
+        if args.tta:
+            raise ValueError(
+                'mmpretrain cannot draw the merged predictions of --tta: draw without it.'
+            )
+        hook.enable = True
+    elif kind in ('DetVisualizationHook', 'SegVisualizationHook'):
+        hook.draw = True
+    else:
         raise ValueError(
-            '--show and --show-dir need default_hooks.visualization in the config, with a type '
-            f'out of {list(_VISUALIZATION)}, but it is {hook}.'
+            '--show and --show-dir need default_hooks.visualization in the config, with the type '
+            'VisualizationHook (mmpretrain), DetVisualizationHook or SegVisualizationHook, got '
+            f'{hook or None}.'
         )
-    if args.tta and _type_name(hook) == 'VisualizationHook':
-        raise ValueError('mmpretrain cannot draw the merged predictions of --tta: draw without it.')
-    switch, folder = _VISUALIZATION[_type_name(hook)]
-    hook[switch] = True
-    if args.interval is not None:
-        hook.interval = args.interval
-    elif folder == 'out_dir':
-        hook.interval = 1
+    if args.interval is not None and args.interval < 1:
+        raise ValueError(f'--interval must be at least 1, got {args.interval}.')
+    hook.interval = args.interval or 1
     if args.show:
         hook.show, hook.wait_time = True, args.wait_time
-    if args.show_dir and folder:
-        hook[folder] = args.show_dir
-    elif args.show_dir:
-        cfg.visualizer.save_dir = args.show_dir
+    if args.show_dir:
+        cfg.default_hooks.visualization = dict(
+            type='PicturesHook', hook=hook, out_dir=args.show_dir, interval=hook.interval
+        )
 
 
 def _augment_test(cfg: Config, config_path: str) -> None:
@@ -281,17 +349,15 @@ def _augment_test(cfg: Config, config_path: str) -> None:
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
 
 
-def _prediction_writer(cfg: Config, out: str) -> DumpResults | None:
-    """Make what writes predictions to ``out``; None if the config's own metric was told to."""
+def _prediction_writer(cfg: Config, out: str) -> DumpResults | LabelMapsHook:
+    """Build the metric or the hook that writes predictions to ``out``."""
     if out.endswith(('.pkl', '.pickle')):
-        mmdet = cfg.get('default_scope') == 'mmdet'  # whose masks need encoding
+        mmdet = cfg.get('default_scope') == 'mmdet'  # its masks need encoding
         return METRICS.build(
             dict(type='mmdet.DumpDetResults' if mmdet else 'DumpResults', out_file_path=out)
         )
     if cfg.get('default_scope') == 'mmseg' and not Path(out).suffix:
-        cfg.test_evaluator.output_dir = out
-        cfg.test_evaluator.keep_results = True
-        return None
+        return LabelMapsHook(out)
     raise ValueError(
         f"--out '{out}' must end in .pkl for predictions. For metrics, add --out-item metrics."
     )

@@ -12,6 +12,7 @@ from mmengine.dist import get_rank, is_main_process
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.registry import HOOKS
+from mmengine.runner import EpochBasedTrainLoop
 
 from .._files import write_atomically
 
@@ -48,8 +49,9 @@ class AtomicCheckpointHook(CheckpointHook):
     mmengine writes checkpoints in place, and removes the outdated one (``max_keep_ckpts``,
     ``save_best``) before it writes the new one: a process killed in between leaves none. Here a
     checkpoint is written under a temporary name and renamed, then ``last_checkpoint`` likewise, and
-    only then is the outdated one removed. ``tools/train.py`` puts this hook in the place of a plain
-    ``CheckpointHook``.
+    only then is the outdated one removed. Files outside the training's own folder, such as the best
+    checkpoint of the run that it was resumed from, are never removed. ``tools/train.py`` replaces a
+    plain ``CheckpointHook`` by this hook.
 
     Args:
         *args, **kwargs: As for :class:`mmengine.hooks.CheckpointHook`. With ``backend_args`` or
@@ -60,6 +62,28 @@ class AtomicCheckpointHook(CheckpointHook):
         if kwargs.get('backend_args') is None and kwargs.get('file_client_args') is None:
             kwargs['backend_args'] = dict(backend='atomic')
         super().__init__(*args, **kwargs)
+
+    def before_train(self, runner) -> None:
+        """Find the folder for checkpoints, and the best one so far if it lies there.
+
+        Args:
+            runner (Runner): The runner of the training process.
+        """
+        super().before_train(runner)
+        if self.save_best is None:
+            return
+        # A resumed state names the files of the run that saved it, in a folder of their own.
+        if len(self.key_indicators) == 1:
+            self.best_ckpt_path = self._own(self.best_ckpt_path)
+        else:
+            self.best_ckpt_path_dict = {
+                key: self._own(path) for key, path in self.best_ckpt_path_dict.items()
+            }
+
+    def _own(self, path: str | None) -> str | None:
+        """Return the file of this name in the training's own folder, or None."""
+        path = path and self.file_backend.join_path(self.out_dir, Path(path).name)
+        return path if path and self.file_backend.exists(path) else None
 
     def _save_checkpoint_with_step(self, runner, step: int, meta: dict) -> None:
         # As in mmengine, but saving comes before removing.
@@ -116,12 +140,16 @@ class AtomicCheckpointHook(CheckpointHook):
 class EpochSeedHook(Hook):
     """Derive all random state of an epoch from the seed, the epoch and the rank.
 
-    Then an epoch does not depend on what ran before it, and a training resumed at its start goes on
-    as the unbroken one would. Python's, numpy's and PyTorch's generators (the GPU's too) are
+    An epoch then does not depend on earlier ones, and a training resumed at its start continues
+    exactly as the unbroken one. Python's, numpy's and PyTorch's generators (the GPU's too) are
     seeded, and so are the workers of the training data loader: mmengine seeds those alike in each
     epoch, and persistent ones carry their state over, so they are started anew here. A
     ``worker_init_fn`` of the config's own is left alone. ``tools/train.py`` adds this hook to every
     config.
+
+    For the same reason no accumulated gradient is carried into the next epoch: with
+    ``accumulative_counts`` the last iterations of an epoch make a step of their own, of their mean
+    gradient, even if they are fewer.
 
     An iteration-based training has one epoch: it draws the same numbers from its start, but does
     not resume bit for bit.
@@ -130,7 +158,7 @@ class EpochSeedHook(Hook):
     priority = 'HIGHEST'
 
     def before_train_epoch(self, runner) -> None:
-        """Seed the generators of this process and of the workers to come.
+        """Seed the generators of this process and of the workers to come; accumulate anew.
 
         Args:
             runner (Runner): The runner of the training process.
@@ -146,6 +174,12 @@ class EpochSeedHook(Hook):
             loader.worker_init_fn = partial(init, seed=_derive_seed(runner.seed, runner.epoch))
         if loader.persistent_workers:
             loader._iterator = None
+
+        wrapper = runner.optim_wrapper
+        if isinstance(runner.train_loop, EpochBasedTrainLoop) and (
+            getattr(wrapper, '_accumulative_counts', 1) > 1
+        ):
+            wrapper.initialize_count_status(runner.model, 0, len(loader))
 
 
 def _derive_seed(*numbers: int) -> int:

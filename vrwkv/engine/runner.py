@@ -1,33 +1,44 @@
 """A Runner that also works on several CPU processes, and resumes from the last whole checkpoint."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from mmengine.device import get_device
-from mmengine.model import revert_sync_batchnorm
+from mmengine.model import is_model_wrapper, revert_sync_batchnorm
+from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.registry import MODEL_WRAPPERS, RUNNERS
-from mmengine.runner import Runner
+from mmengine.runner import CheckpointLoader, Runner
+from mmengine.runner.checkpoint import _load_checkpoint_to_model
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .checkpoint import CheckpointError, read_checkpoint
+from .checkpoint import CheckpointError
 
 _CHECKPOINT_NAME = re.compile(r'(?!best_).*_(\d+)\.pth')
 
 
 @RUNNERS.register_module()
 class VRWKVRunner(Runner):
-    """mmengine's :class:`Runner` with two differences, used by the tools.
+    """mmengine's :class:`Runner` with these differences, used by the tools.
 
     * Without a GPU a distributed run uses gloo and plain CPU modules. mmengine calls
       ``torch.cuda.set_device`` and gives DDP a GPU index whatever the machine.
     * ``resume=True`` without ``load_from``, and ``resume='auto'`` (which keeps ``load_from`` for
-      the case that there is nothing to resume), go on from the newest checkpoint in ``work_dir``
-      that is whole, with the seed recorded in it unless the config sets one.
+      the case that there is nothing to resume), continue from the newest whole checkpoint of a
+      training in ``work_dir``, with the seed recorded in it unless the config sets one. Each
+      checkpoint is read once, and nothing of a file without the state of a training is loaded.
+    * ``auto_scale_lr`` counts the batches that the optimizer wrapper accumulates.
+    * ``compile`` in the config (True, or options of :func:`torch.compile`) compiles the backbone.
+      mmengine compiles the whole step, and Dynamo cannot trace the optimizer's part of it.
     """
+
+    #: Path and content of the checkpoint to resume from, until it is loaded.
+    _training: tuple[str, dict] | None = None
+    #: Why other checkpoints in ``work_dir`` were rejected; None before the search.
+    _rejected: list[str] | None = None
 
     def setup_env(self, env_cfg: dict) -> None:
         """Set up multi-processing and the process group.
@@ -43,30 +54,36 @@ class VRWKVRunner(Runner):
             super().setup_env(env_cfg)
 
     def set_randomness(self, seed: int | None, *args, **kwargs) -> None:
-        """Set the random seed: the one given, else the one of the run to resume, else a new one.
+        """Set the random seed: the given one, else the one of the run to resume, else a new one.
 
         Args:
             seed (int, optional): The seed.
             *args: As for :class:`mmengine.runner.Runner`.
             **kwargs: As for :class:`mmengine.runner.Runner`.
         """
-        if seed is None:
-            seed = self._recorded_seed()
+        # mmengine restores the seed when it resumes, which is too late for the samplers.
+        if seed is None and self.cfg.get('resume'):
+            load_from = self.cfg.get('load_from')
+            if load_from is None or self.cfg.resume == 'auto':
+                self._find_training()
+            else:
+                self._training = (load_from, _read_training(load_from))
+            if self._training is not None:
+                seed = self._training[1]['meta'].get('seed')
         super().set_randomness(seed, *args, **kwargs)
 
-    def _recorded_seed(self) -> int | None:
-        # Samplers are built before mmengine resumes, so its own restoring of the seed is
-        # too late for them.
-        resume, load_from = self.cfg.get('resume'), self.cfg.get('load_from')
-        if not resume:
-            return None
-        explicit = load_from is not None and resume != 'auto'
-        for path in [load_from] if explicit else find_checkpoints(self.work_dir):
+    def _find_training(self) -> None:
+        """Read the newest whole checkpoint of a training in ``work_dir``, if there is one."""
+        self._rejected = []
+        for path in find_checkpoints(self.work_dir):
             try:
-                return read_checkpoint(path, 'cpu').get('meta', {}).get('seed')
-            except (CheckpointError, FileNotFoundError):
-                continue  # reported when it is resumed from
-        return None
+                self._training = (str(path), _read_training(str(path)))
+            except (CheckpointError, FileNotFoundError) as error:
+                self._rejected.append(
+                    f'Cannot resume from {path}; trying the previous checkpoint. {error}'
+                )
+            else:
+                return
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
         """Wrap the model for distributed training.
@@ -99,22 +116,42 @@ class VRWKVRunner(Runner):
                 model_wrapper_cfg.setdefault('device_ids', None)
         return super().wrap_model(model_wrapper_cfg, model)
 
+    def scale_lr(self, optim_wrapper: OptimWrapper, auto_scale_lr: dict | None = None) -> None:
+        """Scale the learning rate by the number of samples in a step over the base batch size.
+
+        mmengine forgets that a step may accumulate several batches.
+
+        Args:
+            optim_wrapper (OptimWrapper): The optimizer wrapper.
+            auto_scale_lr (dict, optional): As for :class:`mmengine.runner.Runner`.
+        """
+        if auto_scale_lr is None or not auto_scale_lr.get('enable'):
+            return
+        several = isinstance(optim_wrapper, OptimWrapperDict)
+        for wrapper in optim_wrapper.values() if several else [optim_wrapper]:
+            counts = wrapper._accumulative_counts
+            if counts > 1:
+                self.logger.info(
+                    f'A step accumulates {counts} batches: dividing the base batch size '
+                    f'{auto_scale_lr["base_batch_size"]} by {counts}.'
+                )
+            base = auto_scale_lr['base_batch_size'] / counts
+            super().scale_lr(wrapper, {**auto_scale_lr, 'base_batch_size': base})
+
     def load_or_resume(self) -> None:
         """Resume from the newest whole checkpoint, or load what the config asks for."""
         automatic = self._resume == 'auto' or (self._resume and self._load_from is None)
         if self._has_loaded or not automatic:
             super().load_or_resume()
             return
-        for path in find_checkpoints(self.work_dir):
-            try:
-                self.resume(str(path))
-            except (CheckpointError, FileNotFoundError) as error:
-                self.logger.warning(
-                    f'Cannot resume from {path}, so tries the one before it. {error}'
-                )
-            else:
-                self.logger.info(f'Resumed from {path}.')
-                return
+        if self._rejected is None:  # the seed was given
+            self._find_training()
+        for message in self._rejected:
+            self.logger.warning(message)
+        if self._training is not None:
+            self.logger.info(f'Resuming from {self._training[0]}.')
+            self.resume(self._training[0])
+            return
         start = (
             'from scratch' if self._load_from is None else f'from the weights in {self._load_from}'
         )
@@ -134,18 +171,106 @@ class VRWKVRunner(Runner):
             **kwargs: As for :class:`mmengine.runner.Runner`.
 
         Raises:
-            CheckpointError: If it cannot be read or holds weights only.
+            CheckpointError: If it cannot be read, or holds weights without the state of a training.
+                Nothing has been loaded then.
         """
-        try:
-            super().resume(filename, *args, **kwargs)
-        except KeyError as error:
-            if error.args[0] not in ('meta', 'epoch', 'iter', 'message_hub'):
-                raise
-            raise CheckpointError(
-                f"Checkpoint '{filename}' holds weights but no state of a training to resume "
-                f'(no {error}). To start a training from these weights, use --cfg-options '
-                'load_from=... without --resume.'
-            ) from error
+        if self._training is None or self._training[0] != filename:
+            self._training = (filename, _read_training(filename))
+        runtime_info = self._training[1]['message_hub'].get('runtime_info', {})
+        super().resume(filename, *args, **kwargs)
+        self._warn_of_ended_schedule(filename, runtime_info)
+
+    def load_checkpoint(
+        self,
+        filename: str,
+        map_location: str | Callable = 'cpu',
+        strict: bool = False,
+        revise_keys: Sequence[tuple[str, str]] = ((r'^module.', ''),),
+    ) -> dict:
+        """Load a checkpoint, without reading it again where :meth:`resume` has read it.
+
+        Args:
+            filename (str): Its path or URL.
+            map_location (str or callable): As for :func:`torch.load`.
+            strict (bool): Whether the names of all parameters must match.
+            revise_keys (list): Pairs of a pattern and its replacement in the names of parameters.
+
+        Returns:
+            dict: The checkpoint.
+        """
+        if self._training is None or self._training[0] != filename:
+            return super().load_checkpoint(filename, map_location, strict, list(revise_keys))
+        (_, checkpoint), self._training = self._training, None
+        self.call_hook('after_load_checkpoint', checkpoint=checkpoint)
+        model = self.model.module if is_model_wrapper(self.model) else self.model
+        _load_checkpoint_to_model(model, checkpoint, strict, revise_keys=list(revise_keys))
+        self._has_loaded = True
+        return checkpoint
+
+    def _maybe_compile(self, target: str) -> None:
+        """Compile the backbone if the config asks for it, in place of the model's ``target``."""
+        options = self.cfg.get('compile')
+        if options is None or options is False:
+            return
+        backbones = [
+            module
+            for name, module in self.model.named_modules()
+            if name.rpartition('.')[2] == 'backbone'
+        ]
+        if not backbones or not (options is True or isinstance(options, dict)):
+            raise ValueError(
+                f'compile={options!r} compiles the backbone of a model, and this '
+                f'{type(self.model).__name__} has {len(backbones)}. compile takes True, False or '
+                "the options of torch.compile, such as dict(mode='max-autotune')."
+            )
+        for backbone in backbones:
+            backbone.compile(**({} if options is True else options))
+        self.logger.info('Compiling the backbone: the first iterations take longer.')
+
+    def _warn_of_ended_schedule(self, filename: str, runtime_info: dict) -> None:
+        """Warn if the schedules, restored from the checkpoint, were made for a shorter training."""
+        schedulers = self.param_schedulers or []
+        if isinstance(schedulers, dict):
+            schedulers = [scheduler for group in schedulers.values() for scheduler in group]
+        for scheduler in schedulers:
+            unit = 'epochs' if scheduler.by_epoch else 'iters'
+            planned, now = runtime_info.get(f'max_{unit}'), getattr(self, f'max_{unit}')
+            if planned and planned < now and scheduler.begin < planned <= scheduler.end:
+                self.logger.warning(
+                    f'{filename} comes from a training with max_{unit}={planned}; this one has '
+                    f'max_{unit}={now}. Resuming restores {type(scheduler).__name__} as it was '
+                    f'made for {planned} and ignores param_scheduler in the config: the '
+                    f'{scheduler.param_name} keeps its last value from there on. For another '
+                    'schedule, start a new training from these weights: set '
+                    f'load_from={filename}, param_scheduler, optim_wrapper.optimizer.lr and '
+                    f'train_cfg.max_{unit}, and leave out --resume.'
+                )
+                return
+
+
+def _read_training(filename: str) -> dict:
+    """Read a checkpoint that holds the state of a training, not weights alone.
+
+    Args:
+        filename: Its path or URL.
+
+    Returns:
+        The checkpoint, on the CPU.
+
+    Raises:
+        CheckpointError: If it holds no such state.
+    """
+    checkpoint = CheckpointLoader.load_checkpoint(filename, map_location='cpu')
+    meta = checkpoint.get('meta') or {}
+    missing = [f'meta.{key}' for key in ('epoch', 'iter') if key not in meta]
+    missing += [key for key in ('message_hub', 'optimizer') if key not in checkpoint]
+    if missing:
+        raise CheckpointError(
+            f"Checkpoint '{filename}' holds weights but no state of a training to resume (no "
+            f'{", ".join(missing)}). To start a training from these weights, use --cfg-options '
+            'load_from=... without --resume.'
+        )
+    return checkpoint
 
 
 def find_checkpoints(work_dir: str | Path) -> list[Path]:
@@ -158,21 +283,22 @@ def find_checkpoints(work_dir: str | Path) -> list[Path]:
         list[Path]: The one that ``last_checkpoint`` names, then those beside it by falling age.
         They need not be whole.
     """
-    folders = [Path(work_dir)]
+    work_dir = Path(work_dir)
+    pointer = work_dir / 'last_checkpoint'
+    named = Path(pointer.read_text().strip() or '.') if pointer.is_file() else None
+    # The folder may be a copy of the one that the pointer names: its own files come first.
+    folders = [work_dir] if named is None else [work_dir, named.parent]
     found = []
-    pointer = folders[0] / 'last_checkpoint'
-    named = pointer.read_text().strip() if pointer.is_file() else ''
-    if named:
-        found = [Path(named), folders[0] / Path(named).name]  # the latter if work_dir was moved
-        folders.insert(0, found[0].parent)
-    others = [
-        (path.stat().st_mtime, int(match[1]), path)
-        for folder in folders
-        if folder.is_dir()
-        for path in folder.iterdir()
-        if (match := _CHECKPOINT_NAME.fullmatch(path.name))
-    ]
-    found += [path for _, _, path in sorted(others, reverse=True)]
+    for folder in dict.fromkeys(folders):
+        if named is not None:
+            found.append(folder / named.name)
+        if folder.is_dir():
+            others = [
+                (path.stat().st_mtime, int(match[1]), path)
+                for path in folder.iterdir()
+                if (match := _CHECKPOINT_NAME.fullmatch(path.name))
+            ]
+            found += [path for _, _, path in sorted(others, reverse=True)]
     return list(dict.fromkeys(path for path in found if path.is_file()))
 
 
