@@ -3,12 +3,18 @@
 import json
 import os
 import pickle
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.hooks import Hook
+from PIL import Image
 
-from vrwkv.engine import VRWKVRunner, cli
+from vrwkv.engine import LabelMapsHook, PicturesHook, VRWKVRunner, cli
+from vrwkv.engine.outputs import OutputNames
 
 
 class Built(Exception):  # noqa: N818
@@ -67,17 +73,60 @@ def test_auto_scale_lr_needs_a_base(toy_config):
         cli.train([str(toy_config()), '--auto-scale-lr'])
 
 
-def test_auto_scale_lr_scales(toy_config, load, tmp_path):
+@pytest.mark.parametrize('counts', [1, 2])
+def test_auto_scale_lr_scales(counts, toy_config, load, tmp_path):
     config = toy_config(
-        changes="""
+        changes=f"""
     auto_scale_lr = dict(base_batch_size=8)
+    optim_wrapper['accumulative_counts'] = {counts}
     param_scheduler = None
     train_cfg = dict(by_epoch=True, max_epochs=1)
     """
     )
     cli.train([str(config), '--work-dir', str(tmp_path / 'w'), '--no-validate', '--auto-scale-lr'])
     optimizer = load(tmp_path / 'w' / 'epoch_1.pth')['optimizer']
-    assert optimizer['param_groups'][0]['lr'] == pytest.approx(0.05 * 4 / 8)
+    assert optimizer['param_groups'][0]['lr'] == pytest.approx(0.05 * 4 * counts / 8)
+
+
+def compile_toy(toy_config, options):
+    return toy_config(
+        'compiled',
+        f"""
+    model = dict(type='ToyBackboneModel')
+    compile = {options}
+    train_cfg = dict(by_epoch=True, max_epochs=1)
+    param_scheduler = None
+    """,
+    )
+
+
+def test_compile(toy_config, load, tmp_path):
+    """The backbone is compiled in training, validation and test, with the results of eager mode."""
+    import toy
+    from torch._dynamo.testing import CompileCounter
+
+    toy.BACKEND = CompileCounter()
+    config = compile_toy(toy_config, "dict(backend='toy_counter')")
+    cli.train([str(config), '--work-dir', str(tmp_path / 'w')])
+    trained, toy.BACKEND = toy.BACKEND, CompileCounter()
+    assert trained.frame_count >= 2  # training and validation
+    checkpoint = tmp_path / 'w' / 'epoch_1.pth'
+    assert 'backbone.weight' in load(checkpoint)['state_dict']
+    out = tmp_path / 'metrics.json'
+    options = ['--work-dir', str(tmp_path / 'w'), '--out', str(out), '--out-item', 'metrics']
+    scores = []
+    for changes in ([], ['--cfg-options', 'compile=False']):
+        torch._dynamo.reset()
+        cli.test([str(config), str(checkpoint), *options, *changes])
+        scores.append(json.loads(out.read_text())['toy/likelihood'])
+    assert toy.BACKEND.frame_count == 1
+    assert scores[0] == pytest.approx(scores[1], rel=1e-6)  # float32
+
+
+@pytest.mark.parametrize('options', ['3', "'inductor'"])
+def test_compile_refuses(options, toy_config, tmp_path):
+    with pytest.raises(ValueError, match=r'compile takes True, False or the options of torch'):
+        cli.train([str(compile_toy(toy_config, options)), '--work-dir', str(tmp_path)])
 
 
 def test_loaders_without_workers(toy_config, final_config):
@@ -89,6 +138,58 @@ def test_loaders_without_workers(toy_config, final_config):
     ).train_dataloader
     assert 'persistent_workers' not in loader
     assert 'prefetch_factor' not in loader
+
+
+@pytest.mark.parametrize(
+    ('text', 'value'),
+    {
+        "[dict(type='EMAHook',momentum=1e-4)]": [dict(type='EMAHook', momentum=1e-4)],
+        '[dict(type=EMAHook, on=true), dict(b=[(1, -2)])]': [
+            dict(type='EMAHook', on=True), dict(b=[(1, -2)])
+        ],
+        "dict(a=dict(type='mmdet.A'), b={'c': None})": dict(
+            a=dict(type='mmdet.A'), b=dict(c=None)
+        ),
+        '[]': [],
+        '1,2.5,x': [1, 2.5, 'x'],
+        '[(1,2),(a,True)]': [(1, 2), ('a', True)],
+        'data/dict(1)': 'data/dict(1)',
+    }.items(),
+)  # fmt: skip
+def test_config_options(text, value, toy_config, final_config):
+    assert final_config(cli.train, toy_config(), '--cfg-options', f'new={text}', 'b=1').new == value
+
+
+@pytest.mark.parametrize('option', ['a=f(b,c)', 'a=[1,2', 'a', "a=[dict(type='A'),g(1,2)]"])
+def test_unreadable_config_options(option, toy_config, capsys):
+    with pytest.raises(SystemExit):
+        cli.train([str(toy_config()), '--cfg-options', option])
+    assert f'cannot read {option!r}. Write KEY=VALUE' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('section', ['dataloader', 'cfg', 'evaluator'])
+@pytest.mark.parametrize('option', [[], ['--amp'], ['--tta'], ['--out', 'p.pkl'], ['--show']])
+def test_without_a_test_set(section, option, toy_config):
+    config = toy_config(changes=f'test_{section} = None')
+    with pytest.raises(ValueError, match=rf'has no test_{section}: this command needs'):
+        cli.test([str(config), 'x.pth', *option])
+
+
+@pytest.mark.parametrize('section', ['train_dataloader', 'train_cfg', 'optim_wrapper', 'model'])
+@pytest.mark.parametrize('option', [[], ['--amp'], ['--no-validate']])
+def test_without_a_training_set(section, option, toy_config):
+    with pytest.raises(ValueError, match=f'has no {section}: this command needs'):
+        cli.train([str(toy_config(changes=f'{section} = None')), *option])
+
+
+def test_without_hooks(toy_config, final_config):
+    cfg = final_config(cli.train, toy_config(changes='default_hooks = custom_hooks = None'))
+    assert cfg.default_hooks.checkpoint.type == 'AtomicCheckpointHook'
+    config = toy_config(changes='auto_scale_lr = default_hooks = None')
+    with pytest.raises(ValueError, match='--auto-scale-lr needs'):
+        cli.train([str(config), '--auto-scale-lr'])
+    with pytest.raises(ValueError, match=r'need default_hooks\.visualization .*got None'):
+        cli.test([str(config), 'x.pth', '--show'])
 
 
 def test_amp_without_gpu(toy_config, final_config, monkeypatch):
@@ -151,32 +252,108 @@ def test_out_must_be_a_pickle(toy_config, weights):
 
 def test_out_folder_of_mmseg():
     cfg = Config(dict(default_scope='mmseg', test_evaluator=dict(type='IoUMetric')))
-    assert cli._prediction_writer(cfg, 'labels') is None
-    assert cfg.test_evaluator.output_dir == 'labels'
-    assert cfg.test_evaluator.keep_results is True
+    assert isinstance(cli._prediction_writer(cfg, 'labels'), LabelMapsHook)
 
 
 @pytest.mark.parametrize(
-    ('hook', 'expected', 'save_dir'),
+    ('hook', 'switch'),
     [
-        ('VisualizationHook', dict(enable=True, out_dir='d', interval=1), None),
-        ('DetVisualizationHook', dict(draw=True, test_out_dir='d'), None),
-        ('SegVisualizationHook', dict(draw=True), 'd'),
+        ('VisualizationHook', 'enable'),
+        ('mmdet.DetVisualizationHook', 'draw'),
+        ('SegVisualizationHook', 'draw'),
     ],
 )
-def test_show_dir(hook, expected, save_dir, toy_config, final_config):
-    config = toy_config(
-        changes=f"""
-    default_hooks['visualization'] = dict(type='{hook}')
-    visualizer = dict(type='Visualizer')
-    """
-    )
+def test_show_dir(hook, switch, toy_config, final_config):
+    config = toy_config(changes=f"default_hooks['visualization'] = dict(type='{hook}')")
     cfg = final_config(cli.test, config, 'x.pth', '--show-dir', 'd')
-    assert cfg.default_hooks.visualization == dict(type=hook, **expected)
-    assert cfg.visualizer.get('save_dir') == save_dir
+    expected = {'type': hook, switch: True, 'interval': 1}
+    assert cfg.default_hooks.visualization == dict(
+        type='PicturesHook', hook=expected, out_dir='d', interval=1
+    )
     cfg = final_config(cli.test, config, 'x.pth', '--show', '--interval', '7', '--wait-time', '3')
     shown = cfg.default_hooks.visualization
     assert (shown.show, shown.interval, shown.wait_time) == (True, 7, 3)
+    with pytest.raises(ValueError, match='--interval must be at least 1, got 0'):
+        cli.test([str(config), 'x.pth', '--show', '--interval', '0'])
+
+
+class Paths:
+    """A data set of images at the given paths."""
+
+    def __init__(self, *paths):
+        self.paths = paths
+
+    def __len__(self):
+        return len(self.paths)
+
+    def get_data_info(self, index):
+        return dict(img_path=self.paths[index]) if self.paths[index] else {}
+
+
+@pytest.mark.parametrize(
+    ('paths', 'names'),
+    [
+        (['/d/val/a.jpg', '/d/val/b.png'], ['a.png', 'b.png']),
+        (['/d/v/x/1.png', '/d/v/y/1.png', '/d/v/y/z/1.png'], ['x/1.png', 'y/1.png', 'y/z/1.png']),
+        (['d/x/1.png', 'd/./y/../xy/1.png'], ['x/1.png', 'xy/1.png']),
+        (['/d/1.jpg', '/d/1.png', '/d/2.png'], ['1.jpg.png', '1.png.png', '2.png']),
+        (['/d/1.5.png'], ['1.5.png']),
+        ([None, None], ['0.png', '1.png']),
+    ],
+)
+def test_output_names(paths, names):
+    name = OutputNames(Paths(*paths))
+    samples = [dict(img_path=path) if path else {} for path in paths]
+    assert [name(sample, number).as_posix() for number, sample in enumerate(samples)] == names
+
+
+@pytest.mark.parametrize('inputs', ['keyword', 'positional'])
+def test_pictures_of_the_same_name(inputs, tmp_path):
+    """A hook and a visualizer with the two ways in which the libraries call theirs."""
+    drawn = []
+
+    class Drawer:
+        def add_datasample(self, name, image, data_sample, out_file=None):
+            drawn.append((image, Path(out_file).relative_to(tmp_path).as_posix()))
+
+    class Library(Hook):
+        def __init__(self, interval):
+            assert interval == 1
+
+        def after_test_iter(self, runner, batch_idx, data_batch, outputs):
+            (image,), (sample,) = data_batch['inputs'], outputs
+            if inputs == 'keyword':
+                draw = runner.visualizer.add_datasample
+                draw(name='0', image=image, data_sample=sample, out_file=None)
+            else:
+                runner.visualizer.add_datasample('0', image, data_sample=sample)
+
+    hook = PicturesHook(dict(type=Library), str(tmp_path), interval=2)
+    paths = [f'/d/{folder}/0.png' for folder in 'abcde']
+    loader = SimpleNamespace(dataset=Paths(*paths))
+    runner = SimpleNamespace(test_dataloader=loader, visualizer=Drawer())
+    hook.before_test(runner)
+    samples = [dict(img_path=path) for path in paths]
+    hook.after_test_iter(runner, 0, dict(inputs=[0, 1, 2]), samples[:3])
+    hook.after_test_iter(runner, 1, dict(inputs=[3, 4]), samples[3:])
+    assert drawn == [(0, 'a/0.png'), (2, 'c/0.png'), (4, 'e/0.png')]
+
+
+@pytest.mark.parametrize(('reduced', 'classes'), [(False, 2), (True, 256)])
+def test_label_maps_of_the_same_name(reduced, classes, tmp_path):
+    from mmengine.structures import BaseDataElement, PixelData
+
+    paths = ['/d/a/0.jpg', '/d/b/0.jpg']
+    runner = SimpleNamespace(test_dataloader=SimpleNamespace(dataset=Paths(*paths)))
+    hook = LabelMapsHook(str(tmp_path))
+    hook.before_test(runner)
+    maps = torch.arange(2 * 12).reshape(2, 1, 3, 4) * (classes - 1) // 23
+    for path, labels in zip(paths, maps, strict=True):
+        sample = BaseDataElement(metainfo=dict(img_path=path, reduce_zero_label=reduced))
+        sample.pred_sem_seg = PixelData(data=labels)
+        hook.after_test_iter(runner, 0, {}, [sample])
+    written = [np.asarray(Image.open(tmp_path / name)) for name in ('a/0.png', 'b/0.png')]
+    np.testing.assert_array_equal(np.stack(written), maps[:, 0].numpy() + reduced)
 
 
 def test_show_needs_a_hook(toy_config):

@@ -63,6 +63,34 @@ class ToyModel(BaseModel):
         return [dict(score=score, label=label) for score, label in zip(logits, labels, strict=True)]
 
 
+class ToyBackbone(nn.Linear):
+    def forward(self, points):  # Dynamo leaves a module of PyTorch's own alone
+        return nn.functional.linear(points, self.weight, self.bias)
+
+
+@MODELS.register_module()
+class ToyBackboneModel(ToyModel):
+    """The toy model with its first layer as backbone."""
+
+    def __init__(self):
+        super().__init__(dropout=0.0)
+        del self.hidden
+        self.backbone = ToyBackbone(FEATURES, 16)
+
+    @property
+    def hidden(self):
+        return self.backbone
+
+
+BACKEND = None
+
+
+@torch._dynamo.register_backend
+def toy_counter(graph, inputs):
+    """Compile with ``BACKEND``, which counts."""
+    return BACKEND(graph, inputs)
+
+
 @METRICS.register_module()
 class ToyMetric(BaseMetric):
     default_prefix = 'toy'

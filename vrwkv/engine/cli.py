@@ -186,7 +186,8 @@ def make_resumable(cfg: Config) -> None:
         cfg (Config): The config, changed in place.
     """
     cfg.default_hooks = cfg.get('default_hooks') or {}
-    checkpoint = cfg.default_hooks.setdefault('checkpoint', dict(type='CheckpointHook', interval=1))
+    cfg.default_hooks.setdefault('checkpoint', dict(type='CheckpointHook', interval=1))
+    checkpoint = cfg.default_hooks.checkpoint
     if checkpoint is not None and _type_name(checkpoint) == 'CheckpointHook':
         checkpoint['type'] = 'AtomicCheckpointHook'
     custom = cfg.get('custom_hooks') or []
