@@ -1,5 +1,6 @@
 """Toy configs, and running the tools on them."""
 
+import os
 import textwrap
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def toy_on_path(monkeypatch, training_environment):
     """Let configs import the module ``toy``, also in child processes."""
     folder = str(Path(__file__).parent)
     monkeypatch.syspath_prepend(folder)
-    monkeypatch.setenv('PYTHONPATH', folder)
+    monkeypatch.setenv('PYTHONPATH', f'{folder}{os.pathsep}{os.environ.get("PYTHONPATH", "")}')
 
 
 @pytest.fixture(autouse=True)

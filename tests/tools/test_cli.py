@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -445,3 +446,44 @@ del loader
     assert json.loads(metrics.read_text()) == {'accuracy/top1': 100}
     with pytest.raises(ValueError, match='mmpretrain cannot draw the merged predictions of --tta'):
         cli.test([str(config), str(checkpoint), '--tta', '--show-dir', str(drawn)])
+
+
+def test_quiet_screen(toy_config, run, tmp_path):
+    """Progress, results and places on the screen; configs, hooks and warnings in the log file."""
+    changes = """
+    train_cfg = dict(by_epoch=True, max_epochs=1)
+    param_scheduler = None
+    custom_hooks = [dict(type='Talk')]
+    """
+    config = toy_config(changes=changes)
+    work_dir = tmp_path / 'w'
+    lines = run('train.py', config, '--work-dir', work_dir).stdout.splitlines()
+    (log,) = work_dir.glob('*/*.log')
+    places = f'{config}. Checkpoints: {work_dir}. Log: {log}'
+    kinds = [
+        rf'Training {re.escape(places)}',
+        r'WARNING: mind this',
+        r'ERROR: broken',
+        r'Epoch\(train\) \[1\]\[6/6\]  lr: 5.0000e-02  eta: 0:00:00  .* loss: \d.*',
+        r'Saving checkpoint at 1 epochs',
+        r'Epoch\(val\) \[1\]\[6/6\]    toy/likelihood: .*',
+        r'The best checkpoint with .* is saved to best_toy_likelihood_epoch_1\.pth\.',
+        rf'Trained {re.escape(places)}',
+    ]
+    assert len(lines) == len(kinds), '\n'.join(lines)
+    for line, kind in zip(lines, kinds, strict=True):
+        assert re.fullmatch(kind, line)
+    written = log.read_text()
+    hidden = 'Config:', 'Hooks will be', 'UserWarning: old', 'a print', 'this is deprecated'
+    for text in (*lines[3:], *hidden, 'mind this'):
+        assert text in written
+
+
+def test_verbose(toy_config, capsys, tmp_path):
+    config = toy_config(changes="custom_hooks = [dict(type='Talk')]\nparam_scheduler = None")
+    options = ['--work-dir', str(tmp_path), '--no-validate', '--verbose']
+    with pytest.warns(UserWarning, match='old'):
+        cli.train([str(config), *options, '--cfg-options', 'train_cfg.max_epochs=1'])
+    screen = capsys.readouterr().out
+    for text in ('Config:', 'Hooks will be', 'a print', 'mind this', 'Epoch(train)'):
+        assert text in screen

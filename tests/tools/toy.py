@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import warnings
 
 import numpy as np
 import torch
@@ -132,6 +133,18 @@ class DieInSave(Hook):
         self.saves -= 1
         if self.saves == 0:
             os.fsync = die
+
+
+@HOOKS.register_module()
+class Talk(Hook):
+    """Warns, prints and logs."""
+
+    def before_train(self, runner):
+        warnings.warn('old', stacklevel=1)
+        print('a print')  # noqa: T201
+        runner.logger.warning('mind this')
+        runner.logger.warning('this is deprecated')
+        runner.logger.error('broken')
 
 
 @HOOKS.register_module()

@@ -20,6 +20,7 @@ from mmengine.runner import Runner
 
 from .outputs import LabelMapsHook
 from .runner import VRWKVRunner
+from .screen import QuietScreen
 
 
 class ConfigOption(DictAction):
@@ -100,6 +101,11 @@ def train(argv: list[str] | None = None) -> None:
         help='scale the learning rate by the batch size over the one that the config was made for',
     )
     args = _parse(parser, argv)
+    with QuietScreen(args.verbose):
+        _train(args)
+
+
+def _train(args: argparse.Namespace) -> None:
     cfg = _load_config(args)
 
     _require(cfg, args.config, 'model', 'train_dataloader', 'train_cfg', 'optim_wrapper')
@@ -118,7 +124,11 @@ def train(argv: list[str] | None = None) -> None:
         cfg.auto_scale_lr.enable = True
     _set_precision(cfg, args.amp)
     make_resumable(cfg)
-    build_runner(cfg).train()
+    runner = build_runner(cfg)
+    places = f'Checkpoints: {runner.work_dir}. Log: {runner.logger.log_file}'
+    runner.logger.info(f'Training {args.config}. {places}')
+    runner.train()
+    runner.logger.info(f'Trained {args.config}. {places}')
 
 
 def test(argv: list[str] | None = None) -> None:
@@ -152,6 +162,11 @@ def test(argv: list[str] | None = None) -> None:
         '--tta', action='store_true', help='augment at test time as the config says'
     )
     args = _parse(parser, argv)
+    with QuietScreen(args.verbose):
+        _test(args)
+
+
+def _test(args: argparse.Namespace) -> None:
     cfg = _load_config(args)
 
     _require(cfg, args.config, 'model', 'test_dataloader', 'test_cfg', 'test_evaluator')
@@ -171,9 +186,15 @@ def test(argv: list[str] | None = None) -> None:
         runner.register_hook(writer)
     elif writer:
         runner.test_evaluator.metrics.append(writer)
+    runner.logger.info(
+        f'Testing {args.checkpoint} with {args.config}. Log: {runner.logger.log_file}'
+    )
     metrics = runner.test()
     if args.out and args.out_item == 'metrics' and is_main_process():
         dump(metrics, args.out)
+    for kind, place in (('Output', args.out), ('Pictures', args.show_dir)):
+        if place:
+            runner.logger.info(f'{kind}: {place}')
 
 
 def make_resumable(cfg: Config) -> None:
@@ -211,6 +232,9 @@ def _parser(description: str) -> argparse.ArgumentParser:
         choices=['none', 'pytorch', 'slurm', 'mpi'],
         default='none',
         help='job launcher',
+    )
+    parser.add_argument(
+        '--verbose', action='store_true', help='show on the screen all that the log file gets'
     )
     # Set by torch.distributed.launch; torchrun sets the environment variable.
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from mmengine.device import get_device
+from mmengine.logging import MMLogger
 from mmengine.model import is_model_wrapper, revert_sync_batchnorm
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.registry import MODEL_WRAPPERS, RUNNERS
@@ -16,6 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .checkpoint import CheckpointError
+from .screen import QuietScreen
 
 _CHECKPOINT_NAME = re.compile(r'(?!best_).*_(\d+)\.pth')
 
@@ -32,7 +34,7 @@ class VRWKVRunner(Runner):
       checkpoint is read once, and nothing of a file without the state of a training is loaded.
     * ``auto_scale_lr`` counts the batches that the optimizer wrapper accumulates.
     * ``compile`` in the config (True, or options of :func:`torch.compile`) compiles the backbone.
-      mmengine compiles the whole step, and Dynamo cannot trace the optimizer's part of it.
+      mmengine compiles the whole training step, and Dynamo cannot trace the optimizer's part of it.
     """
 
     #: Path and content of the checkpoint to resume from, until it is loaded.
@@ -84,6 +86,20 @@ class VRWKVRunner(Runner):
                 )
             else:
                 return
+
+    def build_logger(self, *args, **kwargs) -> MMLogger:
+        """Build the logger, whose screen is quiet within :class:`.screen.QuietScreen`.
+
+        Args:
+            *args: As for :class:`mmengine.runner.Runner`.
+            **kwargs: As for :class:`mmengine.runner.Runner`.
+
+        Returns:
+            MMLogger: The logger.
+        """
+        logger = super().build_logger(*args, **kwargs)
+        QuietScreen.attach(logger)
+        return logger
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
         """Wrap the model for distributed training.
@@ -226,6 +242,16 @@ class VRWKVRunner(Runner):
         for backbone in backbones:
             backbone.compile(**({} if options is True else options))
         self.logger.info('Compiling the backbone: the first iterations take longer.')
+
+    def val(self) -> dict:
+        """Validate, as :meth:`mmengine.runner.Runner.val`, with the compiled backbone."""
+        self._maybe_compile('val_step')
+        return super().val()
+
+    def test(self) -> dict:
+        """Test, as :meth:`mmengine.runner.Runner.test`, with the compiled backbone."""
+        self._maybe_compile('test_step')
+        return super().test()
 
     def _warn_of_ended_schedule(self, filename: str, runtime_info: dict) -> None:
         """Warn if the schedules, restored from the checkpoint, were made for a shorter training."""
