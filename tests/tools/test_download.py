@@ -100,7 +100,7 @@ def test_goes_on_where_the_connection_broke_off(server, path):
 
 def test_a_later_attempt_goes_on(server, path):
     server.cuts = [300_000, 0]
-    with pytest.raises(DownloadError, match=r'broke off .*300,000 bytes, is kept: the next'):
+    with pytest.raises(DownloadError, match=r'was lost .*300,000 bytes are kept: the next'):
         fetch(server, path)
     assert files(path) == ['file.pth.part', 'file.pth.part.tag']
     fetch(server, path)
@@ -149,7 +149,7 @@ def test_what_is_whole_but_not_yet_renamed_is_not_fetched_again(server, path):
 
 def test_truncated_by_a_server_that_cannot_resume(server, path):
     server.ranges, server.cuts = False, [300_000, 300_000]
-    with pytest.raises(DownloadError, match='300,000 of 1,048,576 bytes came') as caught:
+    with pytest.raises(DownloadError, match='received 300,000 of 1,048,576 bytes') as caught:
         fetch(server, path)
     assert 'kept' not in str(caught.value)
     assert files(path) == []

@@ -1,8 +1,7 @@
-"""Reading checkpoints safely, and saying clearly what is wrong with one that cannot be read.
+"""Read checkpoints safely, and explain why a file cannot be read.
 
-PyTorch unpickles with ``weights_only=True`` here, always: a checkpoint from elsewhere cannot run
-code. What mmengine's own checkpoints hold beside tensors is allowed by name below, and nothing
-more.
+PyTorch always unpickles with ``weights_only=True`` here: a downloaded checkpoint cannot run code.
+The other objects in mmengine's checkpoints, beside tensors, are allowed by name below.
 """
 
 import argparse
@@ -27,15 +26,15 @@ try:
 except ImportError:  # numpy < 2
     from numpy.core import multiarray
 
-#: Where training codes put the weights in a checkpoint, in the order in which they are looked for.
-#: The weights come before their moving average ('model_ema'), as upstream's own loading has it.
+#: Keys under which training codes store the weights in a checkpoint, in the order of the search.
+#: The weights come before their moving average ('model_ema'), as in upstream's loading.
 WEIGHT_KEYS = ('state_dict', 'model', 'module', 'model_ema')
 
 _ZIP_MAGIC = b'PK\x03\x04'
 
 
 def _history_statistic(owner: type, name: str) -> Callable:
-    """Stand in for ``getattr``, which HistoryBuffer's pickles call to name its statistics."""
+    """Replace ``getattr``, which pickles of HistoryBuffer call to name its statistics."""
     if owner is not HistoryBuffer or name not in ('min', 'max', 'current', 'mean'):
         raise pickle.UnpicklingError(f'Unsupported global: GLOBAL getattr({owner!r}, {name!r})')
     return getattr(HistoryBuffer, name)
@@ -53,13 +52,13 @@ def _renamed(function: Callable, full_name: str) -> Callable:
 
 
 class _Settings:
-    """Stands in for ``yacs.config.CfgNode``, a dict, and makes a plain one of it.
+    """Unpickle ``yacs.config.CfgNode``, a dict, as a plain one.
 
-    Swin's training code and its descendants, VRWKV-Large's among them, save their settings so.
+    Swin's training code and its descendants, such as VRWKV-Large's, save their settings in it.
     """
 
     def __new__(cls) -> OrderedDict:
-        return OrderedDict()  # and not a dict: the pickle also sets attributes
+        return OrderedDict()  # not a dict, because the pickle also sets attributes
 
 
 _Settings.__module__, _Settings.__name__ = 'yacs.config', 'CfgNode'
@@ -67,12 +66,12 @@ _Settings.__qualname__ = _Settings.__name__
 
 
 def allow_harmless_globals() -> None:
-    """Let ``torch.load(weights_only=True)`` read what training codes save beside the weights.
+    """Let ``torch.load(weights_only=True)`` read the objects that training codes save with weights.
 
-    From mmengine that is log histories (``HistoryBuffer``) and numpy arrays and numbers, written
-    under numpy 1.x or 2.x (which differ in module names), whichever is installed here; from
-    upstream's two codes for Large and MAE, their settings: a yacs ``CfgNode`` (which needs no
-    yacs, see :class:`_Settings`) and an ``argparse.Namespace``. None of these runs any code.
+    mmengine saves log histories (``HistoryBuffer``) and numpy arrays and numbers, written under
+    numpy 1.x or 2.x, which differ in module names. Upstream's codes for Large and MAE save their
+    settings: a yacs ``CfgNode`` (see :class:`_Settings`; yacs is not needed) and an
+    ``argparse.Namespace``. None of these runs any code.
     """
     scalar_types = 'bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64'
     torch.serialization.add_safe_globals([
@@ -97,17 +96,17 @@ def read_checkpoint(
     map_location: Any = None,
     name: str | None = None,
 ) -> dict:
-    """Read a checkpoint without running any code that it may hold.
+    """Read a checkpoint without running code from the file.
 
     Args:
         file (str | PathLike | IO): Path of a ``torch.save`` or ``.safetensors`` file, or a binary
             stream of the former.
         map_location: As for :func:`torch.load`.
-        name (str, optional): What messages call the file. Defaults to its path.
+        name (str, optional): Name of the file in messages. Defaults to its path.
 
     Returns:
-        dict: The checkpoint, with its weights under ``'state_dict'``. They may be stored under any
-        of :data:`WEIGHT_KEYS` (the first that is there is taken) or flat.
+        dict: The checkpoint, with its weights under ``'state_dict'``. In the file they are under
+        one of :data:`WEIGHT_KEYS` (the first one counts) or flat.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -156,7 +155,7 @@ def _read_safetensors(file: Path, map_location: Any, name: str) -> dict:
 
 
 def _explain(file: Path | IO[bytes], name: str, error: Exception) -> str:
-    """Say why ``torch.load`` failed on ``file`` and what to do."""
+    """Explain why ``torch.load`` failed on ``file``, and the remedy."""
     # PyTorch surrounds its reason with advice to give up safety.
     advice = re.compile(r'\s*(Weights only load|\(\d\)|Check the documentation|$)')
     reason = ' '.join(line for line in str(error).split('\n') if not advice.match(line)).strip()
@@ -207,7 +206,7 @@ def _with_state_dict(checkpoint: Any, name: str) -> dict:
         if _is_weights(checkpoint.get(key)):
             if key != 'state_dict':
                 print_log(
-                    f"Takes the weights under '{key}' of checkpoint {name}.", logger='current'
+                    f"Using the weights under '{key}' in checkpoint {name}.", logger='current'
                 )
             rest = {k: v for k, v in checkpoint.items() if k not in (key, 'state_dict')}
             return {'state_dict': _unwrapped(checkpoint[key]), **rest}
@@ -220,7 +219,7 @@ def _with_state_dict(checkpoint: Any, name: str) -> dict:
 
 
 def _unwrapped(weights: Mapping) -> Mapping:
-    """Take off the prefix that PyTorch's parallel wrappers give to every name."""
+    """Remove the prefix that PyTorch's parallel wrappers add to every name."""
     if all(key.startswith('module.') for key in weights):
         return OrderedDict((key.removeprefix('module.'), value) for key, value in weights.items())
     return weights

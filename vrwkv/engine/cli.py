@@ -325,7 +325,7 @@ def _set_precision(cfg: Config, amp: bool) -> None:
     else:
         if kind == 'AmpOptimWrapper':
             print_log(
-                'There is no GPU: trains in bfloat16 on the CPU (CPUAmpOptimWrapper).',
+                'There is no GPU: training in bfloat16 on the CPU (CPUAmpOptimWrapper).',
                 logger='current',
                 level=logging.WARNING,
             )

@@ -1,4 +1,4 @@
-"""Downloading a file whole: resumed after an interruption, checked against its length and hash."""
+"""Download whole files: resume after an interruption, check the length and the hash."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import torch
 
 try:
     import fcntl
-except ImportError:  # Windows, where two processes had better not download the same file
+except ImportError:  # Windows has no file locks: download a file in one process only
     fcntl = None
 
 #: Seconds without a byte after which a connection counts as broken.
@@ -28,11 +28,11 @@ _CHUNK = 1 << 20
 
 
 class DownloadError(RuntimeError):
-    """A file that could not be downloaded whole."""
+    """The file could not be downloaded whole."""
 
 
 class _InterruptedError(DownloadError):
-    """A download that broke off."""
+    """The download was interrupted."""
 
 
 def download(
@@ -40,22 +40,21 @@ def download(
 ) -> None:
     """Download a file, unless it is there.
 
-    The file appears under its name once it is whole. Until then it is ``<name>.part``; an
-    interrupted download, of this process or an earlier one, goes on where it stopped if the server
-    can resume (HTTP ranges with an ``ETag`` or ``Last-Modified``, so that a file that changed
-    meanwhile is fetched anew). Of several processes that want the same file, one downloads it and
-    the others wait.
+    The file appears under its name once it is whole. Until then it is ``<name>.part``. An
+    interrupted download, of this process or an earlier one, resumes if the server supports that
+    (HTTP ranges with an ``ETag`` or ``Last-Modified``, so that a changed file is downloaded anew).
+    If several processes want the same file, one downloads it and the others wait.
 
     Args:
         url: An ``http://`` or ``https://`` address.
-        path: Where to write the file.
+        path: Path of the file to write.
         sha256: The file's SHA-256 in hexadecimal, or its first digits.
         progress: Whether to show a progress bar.
 
     Raises:
-        DownloadError: If the server cannot be reached or refuses, the connection breaks off and
-            cannot be resumed at once, the disk is full, or the hash is another one. What came of
-            a download that can be resumed later is kept as ``<name>.part``, and nothing else.
+        DownloadError: If the server cannot be reached or refuses, the connection is lost and the
+            download cannot be resumed at once, the disk is full, or the hash is wrong. The
+            received part is kept as ``<name>.part`` if the download can be resumed later.
     """
     path = Path(path)
     part, tag = (path.with_name(path.name + suffix) for suffix in ('.part', '.part.tag'))
@@ -75,8 +74,8 @@ def download(
             if not keep:
                 raise
             raise DownloadError(
-                f'{error}. What came of it, {_size(stream):,} bytes, is kept: the next attempt '
-                'goes on from there'
+                f'{error}. The received {_size(stream):,} bytes are kept: the next attempt '
+                'continues from there'
             ) from error
         except KeyboardInterrupt:
             keep = tag.is_file()
@@ -89,12 +88,12 @@ def download(
 
 @contextmanager
 def _open_alone(part: Path) -> Iterator[BinaryIO]:
-    """Open a file to append to, once no other process has it open in this way."""
+    """Open a file for appending after no other process holds it open through this function."""
     while True:
         with part.open('a+b', buffering=0) as stream:
             if fcntl is not None:
                 fcntl.flock(stream, fcntl.LOCK_EX)
-                # The process before may have renamed or removed it.
+                # The previous process may have renamed or removed it.
                 own = os.fstat(stream.fileno())
                 if not part.is_file() or not os.path.samestat(own, part.stat()):
                     continue
@@ -103,13 +102,13 @@ def _open_alone(part: Path) -> Iterator[BinaryIO]:
 
 
 def _fetch(url: str, stream: BinaryIO, tag: Path, progress: bool) -> None:
-    """Request the file until it is whole, as long as each attempt brings it further."""
+    """Request the file until it is whole; stop when an attempt makes no progress."""
     furthest = _size(stream)
     while True:
         try:
             _fetch_rest(url, stream, tag, progress)
         except HTTPError as error:
-            if error.code == 416:  # nothing from there on: it is whole, or not the file it was
+            if error.code == 416:  # no bytes beyond these: the file is whole, or has changed
                 if error.headers.get('Content-Range') == f'bytes */{_size(stream)}':
                     return
                 stream.truncate(0)
@@ -132,13 +131,13 @@ def _fetch(url: str, stream: BinaryIO, tag: Path, progress: bool) -> None:
                 raise _InterruptedError(
                     f'there is no connection to {host} ({error.reason})'
                 ) from error
-            raise _InterruptedError(f'the connection broke off ({error})') from error
+            raise _InterruptedError(f'the connection was lost ({error})') from error
         else:
             return
 
 
 def _fetch_rest(url: str, stream: BinaryIO, tag: Path, progress: bool) -> None:
-    """Request what is missing of the file, once."""
+    """Request the missing part of the file, once."""
     headers = {'User-Agent': 'vision-rwkv', 'Accept-Encoding': 'identity'}
     if _size(stream) and tag.is_file():
         headers |= {'Range': f'bytes={_size(stream)}-', 'If-Range': tag.read_text()}
@@ -147,7 +146,7 @@ def _fetch_rest(url: str, stream: BinaryIO, tag: Path, progress: bool) -> None:
             served = response.headers.get('Content-Range', '')
             if not re.match(rf'bytes {_size(stream)}-', served):
                 stream.truncate(0)
-                raise DownloadError(f'the server sent another part of the file: {served!r}')
+                raise DownloadError(f'the server sent a wrong part of the file: {served!r}')
         else:
             stream.truncate(0)
             tag.unlink(missing_ok=True)
@@ -166,17 +165,17 @@ def _fetch_rest(url: str, stream: BinaryIO, tag: Path, progress: bool) -> None:
             unit_scale=True,
             unit_divisor=1024,
         ) as bar:
-            # read1 hands on what has come; read would lose it if the connection breaks.
+            # read1 returns the received bytes; read would lose them if the connection breaks.
             while chunk := response.read1(_CHUNK):
                 _write(stream, chunk)
                 bar.update(len(chunk))
         os.fsync(stream.fileno())
     if total is not None and _size(stream) != total:
-        raise _InterruptedError(f'{_size(stream):,} of {total:,} bytes came')
+        raise _InterruptedError(f'received {_size(stream):,} of {total:,} bytes')
 
 
 def _write(stream: BinaryIO, chunk: bytes) -> None:
-    """Write all of a chunk: an unbuffered stream may take less at once."""
+    """Write a whole chunk: an unbuffered stream may write less in one call."""
     rest = memoryview(chunk)
     while rest:
         rest = rest[stream.write(rest) :]
@@ -193,7 +192,7 @@ def _check_hash(stream: BinaryIO, expected: str | None) -> None:
     if not actual.startswith(expected.lower()):
         raise DownloadError(
             f'its SHA-256 is wrong: expected "{expected}", got "{actual[: len(expected)]}". The '
-            'file was damaged or replaced on the way'
+            'file was damaged or replaced in transfer'
         )
 
 

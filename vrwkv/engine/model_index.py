@@ -11,7 +11,7 @@ from mmengine.fileio import load
 
 
 class ModelInfo(NamedTuple):
-    """What the model index says of a model."""
+    """Entry of the model index."""
 
     name: str
     config: Path
@@ -19,21 +19,21 @@ class ModelInfo(NamedTuple):
 
 
 def index_folder() -> Path:
-    """Say which folder holds ``model-index.yml`` and the configs.
+    """Return the folder of ``model-index.yml`` and the configs.
 
     Returns:
         The root of the checkout, or ``vrwkv/.mim`` where the package was installed as a wheel.
 
     Raises:
-        FileNotFoundError: If neither is there.
+        FileNotFoundError: If neither exists.
     """
     package = Path(__file__).resolve().parents[1]
     for folder in (package / '.mim', package.parent):
         if (folder / 'model-index.yml').is_file():
             return folder
     raise FileNotFoundError(
-        f'there is no model-index.yml in {package.parent} or {package / ".mim"}: install '
-        'vision-rwkv anew, as docs/install.md says'
+        f'there is no model-index.yml in {package.parent} or {package / ".mim"}: reinstall '
+        'vision-rwkv as described in docs/install.md'
     )
 
 
@@ -62,7 +62,7 @@ def find_model(name: str) -> ModelInfo:
         The model.
 
     Raises:
-        ValueError: If there is no model of that name; the message suggests the nearest.
+        ValueError: If there is no model of that name. The message suggests similar names.
     """
     models = list_models()
     if name.lower() not in models:
@@ -71,17 +71,17 @@ def find_model(name: str) -> ModelInfo:
 
 
 def unknown_model(name: str, names: Iterable[str]) -> str:
-    """Word the error for a model that is not there.
+    """Return the error message for an unknown model.
 
     Args:
-        name: What was asked for.
-        names: The names of the models that are there.
+        name: The requested name.
+        names: The names of the known models.
 
     Returns:
-        A message that suggests the nearest names, if any is near.
+        A message that suggests similar names, if there are any.
     """
     names = sorted(names)
-    # What one leaves out is the end of a name, its recipe.
+    # Users leave out the end of a name, its recipe.
     near = [known for known in names if known.startswith(name.lower())]
     near = near or difflib.get_close_matches(name.lower(), names, n=5, cutoff=0.5)
     hint = f' Did you mean {" or ".join(near[:5])}?' if near else ''

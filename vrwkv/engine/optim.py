@@ -55,7 +55,7 @@ class CPUAmpOptimWrapper(OptimWrapper):
 
 @contextmanager
 def _explain_bfloat16() -> Iterator[None]:
-    """Add what to do to the error of an operator that does not take bfloat16."""
+    """Extend the error of an operator without bfloat16 by a remedy."""
     try:
         yield
     except (RuntimeError, TypeError) as error:  # NotImplementedError is a RuntimeError
