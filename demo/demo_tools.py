@@ -58,14 +58,15 @@ def run_tool(name: str, *args: str | os.PathLike, log: Path | None = None) -> No
     Args:
         name: The script.
         *args: Its arguments.
-        log: File to append the output to; the screen then shows the progress only. None shows all.
+        log: File to append the output to; the screen then shows one line of progress. None shows
+            all that the log of the script contains.
 
     Raises:
         SystemExit: If the script fails.
     """
     command = [sys.executable, ROOT / 'tools' / name, *args]
     if log is None:
-        if code := subprocess.run(command, cwd=ROOT).returncode:
+        if code := subprocess.run([*command, '--verbose'], cwd=ROOT).returncode:
             raise SystemExit(f'tools/{name} failed with exit status {code}')
         return
     log.parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.config import Config, ConfigDict
 
 from vrwkv.analysis.drawing import COLOURS, MARKERS, picture
 from vrwkv.analysis.models import read_config
@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
         'many for large images)'
     )  # fmt: skip
     parser.add_argument(
-        '--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
+        '--cfg-options', nargs='+', action=cli.ConfigOption, metavar='KEY=VALUE',
         help='change settings of every config, as for tools/test.py',
     )  # fmt: skip
     parser.add_argument('--out', type=Path, default=Path('work_dirs/resolution'))
