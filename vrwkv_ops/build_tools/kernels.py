@@ -39,7 +39,7 @@ DEFAULT_CUDA_ARCHS = ('8.0', '9.0', '12.0')
 OLDEST_TORCH = (2, 4)
 
 # No -ffast-math: infinities and NaN keep their meaning. No -march: an installed file may move.
-# No contraction: results are the same at every optimisation level.
+# No contraction: every optimisation level gives the same numbers (only the sign of NaN may differ).
 CXX_FLAGS = [
     *('-g0', '-fPIC', '-fopenmp'),
     *('-fno-math-errno', '-fno-trapping-math', '-ffp-contract=off'),
