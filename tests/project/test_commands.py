@@ -52,6 +52,7 @@ def checkout(tmp_path_factory):
     folder = tmp_path_factory.mktemp('checkout')
     for name in ('configs', 'tools', 'demo', 'vrwkv_ops/benchmarks'):
         shutil.copytree(ROOT / name, folder / name)
+    (folder / 'my_kernel.py').write_text('def my_bi_wkv(w, u, k, v):\n    return v\n')
     programs = folder / '.venv' / 'bin'
     programs.mkdir(parents=True)
     (programs / 'activate').touch()
@@ -63,16 +64,25 @@ def checkout(tmp_path_factory):
 
 def record(page, checkout):
     """Run a page in bash. Return the programs that it called with their arguments."""
+    text = (ROOT / page).read_text()
     commands = checkout / 'commands'
     commands.unlink(missing_ok=True)
+    for name, body in re.findall(r'`(my_\w+\.py)`.*?```python\n(.*?)```', text, re.S):
+        (checkout / name).write_text(body)
     environment = {'PATH': f'{checkout}/.venv/bin:/usr/bin:/bin', 'COMMANDS': str(commands)}
-    script = 'set -eu\n' + '\n'.join(fenced((ROOT / page).read_text(), 'bash', 'shell', 'sh'))
+    script = 'set -eu\n' + '\n'.join(fenced(text, 'bash', 'shell', 'sh'))
     done = subprocess.run(
         ['bash', '-c', script], cwd=checkout, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     lines = commands.read_text().splitlines() if commands.exists() else []
     return [tuple(line.removesuffix('\t').split('\t')) for line in lines]
+
+
+@pytest.fixture(scope='module')
+def seen():
+    """Commands that ran already."""
+    return set()
 
 
 class Reached(Exception):  # noqa: N818
@@ -93,16 +103,18 @@ def stand_ins(checkout, monkeypatch):
         with torch.device('meta'):
             return build_model(runner, model)
 
-    def reached(runner):
-        if runner.optim_wrapper is not None:
-            runner.build_optim_wrapper(runner.optim_wrapper)
+    def train(runner):
+        runner.build_optim_wrapper(runner.optim_wrapper)
+        raise Reached
+
+    def test(runner):
         raise Reached
 
     monkeypatch.setattr(cli, 'build_runner', without_launcher)
     monkeypatch.setattr(VRWKVRunner, 'build_model', on_meta)
     monkeypatch.setattr(VRWKVRunner, 'wrap_model', lambda runner, cfg, model: model)
-    monkeypatch.setattr(VRWKVRunner, 'train', reached)
-    monkeypatch.setattr(VRWKVRunner, 'test', reached)
+    monkeypatch.setattr(VRWKVRunner, 'train', train)
+    monkeypatch.setattr(VRWKVRunner, 'test', test)
     yield
     MMLogger._instance_dict.clear()
 
@@ -128,13 +140,19 @@ def run_script(path, arguments, monkeypatch):
     assert stopped.type is Reached or 'grad-cam' in str(stopped.value)
 
 
-def run_recorded(program, arguments, checkout, monkeypatch):
+def run_recorded(program, arguments, checkout, monkeypatch, seen):
     """Run one recorded command."""
     if program in ('torchrun', 'srun'):  # they run a tool with the rest of their arguments
         tool = re.compile(r'/(train|test)\.py$')
         first = next(i for i, name in enumerate(arguments) if tool.search(name))
         assert program == 'srun' or int(dict(a.split('=') for a in arguments[:first])['--nnodes'])
         program, arguments = 'python', arguments[first:]
+        launcher = arguments.index('--launcher')
+        del arguments[launcher : launcher + 2]
+        arguments[0] = f'tools/{Path(arguments[0]).name}'
+    if (program, *arguments) in seen:  # on another page, or by another launcher
+        return
+    seen.add((program, *arguments))
     if program == 'make':
         subprocess.run(['make', '-n', *arguments], cwd=ROOT, check=True, capture_output=True)
     elif program == 'mim':
@@ -161,12 +179,12 @@ def run_recorded(program, arguments, checkout, monkeypatch):
 
 
 @pytest.mark.parametrize('page', PAGES)
-def test_commands_of_a_page(page, checkout, stand_ins, monkeypatch):
+def test_commands_of_a_page(page, checkout, stand_ins, seen, monkeypatch):
     commands = record(page, checkout)
     assert commands
     for program, *arguments in dict.fromkeys(commands):
         with monkeypatch.context() as patch:
-            run_recorded(program, arguments, checkout, patch)
+            run_recorded(program, arguments, checkout, patch, seen)
 
 
 def test_python_of_the_pytorch_page(tmp_path, monkeypatch):
