@@ -1,258 +1,111 @@
-"""The fused token shift: every backend against shifted and mixed images, and its gradients."""
-
-import math
+"""What only the token shifts have: values worked out by hand, groups, the adjoint, mixes."""
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from vrwkv_ops import q_shift, shift, token_shift
-from vrwkv_ops.checks import accumulation_dtype, check_token_shift
-from vrwkv_ops.reference import token_shift_reference
+from vrwkv_ops import token_shift
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+from .backends import on
+from .operators import DTYPES, HALF, OPERATORS
 
 
-class _Slices(torch.autograd.Function):
-    """The pure-PyTorch kernels, called past the dispatcher."""
-
-    @staticmethod
-    def forward(ctx, x, mixes, *args):
-        ctx.save_for_backward(x, mixes)
-        ctx.args = args
-        return tuple(shift.forward(x, mixes, *args))
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, *grads):
-        return (*shift.backward(grads, *ctx.saved_tensors, *ctx.args), *[None] * 5)
-
-
-def token_shift_slices(
-    x, mixes, resolution=None, shift_pixel=1, channel_gamma=1 / 4, mode='q_shift'
-):
-    check_token_shift(x, mixes, resolution, shift_pixel, channel_gamma, mode)
-    mixes = torch.stack([mix.reshape(-1) for mix in mixes]).to(accumulation_dtype(x.dtype))
-    grid = resolution if mode == 'q_shift' else (1, x.shape[1])
-    return _Slices.apply(x, mixes, *grid, shift_pixel, channel_gamma or 0, mode)
-
-
-all_backends = pytest.mark.parametrize(
-    'backend',
-    [
-        pytest.param((token_shift_reference, 'cpu'), id='reference'),
-        pytest.param((token_shift_slices, 'cpu'), id='slices'),
-        pytest.param((token_shift, 'cpu'), id='kernel-cpu'),
-        pytest.param((token_shift, 'cuda'), id='kernel-cuda', marks=pytest.mark.cuda),
-    ],
-)
-operator = pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=pytest.mark.cuda)])
-modes = pytest.mark.parametrize('mode', ['q_shift', 'single_shift', 'double_shift'])
-
-
-def truth(x, mixes, resolution, shift_pixel, channel_gamma, mode):
-    """Crops of a zero-padded image (design section 3), mixed; differentiable by autograd."""
-    channels, s = x.shape[2], shift_pixel
-    height, width = resolution if mode == 'q_shift' else (1, x.shape[1])
-    image = x.reshape(x.shape[0], height, width, channels)
-    padded = F.pad(image, (0, 0, s, s, s, s))
-    left, right, above, below, here = (
-        padded[:, row : row + height, column : column + width]
-        for row, column in ((s, 0), (s, 2 * s), (0, s), (2 * s, s), (s, s))
+@on()
+def test_values_worked_out_by_hand(backend):
+    """On a 2 x 3 grid of 1 to 6 each group takes its neighbour, and the fifth channel stays."""
+    grid = torch.tensor([[1.0, 2, 3], [4, 5, 6]], device=backend.device)
+    x = grid.reshape(1, 6, 1).expand(1, 6, 5)
+    expected = torch.tensor(
+        [
+            [[0, 1, 2], [0, 4, 5]],  # from the left
+            [[2, 3, 0], [5, 6, 0]],  # from the right
+            [[0, 0, 0], [1, 2, 3]],  # from above
+            [[4, 5, 6], [0, 0, 0]],  # from below
+            [[1, 2, 3], [4, 5, 6]],
+        ],
+        dtype=torch.float32,
     )
-    ends = [int(channels * (channel_gamma or 0) * n) for n in range(5)]
-    if mode == 'single_shift':
-        shifted = left
-    elif mode == 'double_shift':
-        parts = [left[..., : ends[1]], right[..., ends[1] : ends[2]], here[..., ends[2] :]]
-        shifted = torch.cat(parts, -1)
-    else:
-        sources = (left, right, above, below)
-        parts = [y[..., ends[n] : ends[n + 1]] for n, y in enumerate(sources)]
-        shifted = torch.cat([*parts, here[..., ends[4] :]], -1)
-    mixes = [mix.reshape(-1) for mix in mixes]
-    return [(image * mix + shifted * (1 - mix)).reshape(x.shape) for mix in mixes]
+    y = backend.function('q_shift')(x, (2, 3), channel_gamma=1 / 5)
+    assert torch.equal(y.cpu()[0].T.reshape(5, 2, 3), expected)
 
 
-def make_inputs(resolution, channels, batch=2, count=3, dtype=torch.float32, device='cpu'):
-    tokens = resolution[0] * resolution[1]
-    generator = torch.Generator().manual_seed(tokens + channels)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device)
-
-    x = normal(batch, tokens, channels).to(dtype)
-    mixes = [normal(1, 1, channels).to(accumulation_dtype(dtype)) for _ in range(count)]
-    grads = [normal(batch, tokens, channels).to(dtype) for _ in range(count)]
-    return x, mixes, grads
-
-
-def run(function, x, mixes, grads, *args):
-    """Results and the gradients of x and the mixes."""
-    leaves = [leaf.detach().requires_grad_() for leaf in (x, *mixes)]
-    results = function(leaves[0], leaves[1:], *args)
-    gradients = torch.autograd.grad(results, leaves, [g.to(results[0].dtype) for g in grads])
-    return [*(y.detach() for y in results), *gradients]
-
-
-def compare(backend, x, mixes, grads, *args):
-    results = run(backend, x, mixes, grads, *args)
-    truths = run(truth, x.double(), [mix.double() for mix in mixes], grads, *args)
-    for i, (got, expected) in enumerate(zip(results, truths, strict=True)):
-        assert got.dtype == (x.dtype if i <= len(mixes) else mixes[0].dtype)
-        assert got.is_contiguous()
-        # Rounded once at the end, on top of some roundings of the accumulation dtype.
-        rounding = (expected.to(got.dtype).double() - expected).norm()
-        bar = 1e-14 if x.dtype == torch.float64 else 1e-6
-        error = (got.double() - expected).norm()
-        assert error <= 1.001 * rounding + bar * expected.norm(), i
-
-
-@all_backends
-@modes
-@pytest.mark.parametrize('count', [1, 2, 3])
-@pytest.mark.parametrize('dtype', DTYPES)
-def test_results_and_gradients(backend, dtype, count, mode):
-    function, device = backend
-    inputs = make_inputs((3, 5), 41, count=count, dtype=dtype, device=device)
-    compare(function, *inputs, (3, 5), 1, 1 / 4, mode)
-
-
-@all_backends
-@modes
-@pytest.mark.parametrize('shift_pixel', [0, 2, 5, 40])
+@on()
 @pytest.mark.parametrize(
-    ('resolution', 'channels', 'gamma'),
-    [((1, 1), 4, 1 / 4), ((5, 4), 10, 1 / 4), ((1, 7), 33, 1 / 8), ((9, 11), 64, 1 / 4)],
+    ('channels', 'gamma', 'bounds'),
+    [(10, 1 / 4, (0, 2, 5, 7, 10)), (6, 1 / 4, (0, 1, 3, 4, 6)), (16, 1 / 8, (0, 2, 4, 6, 8))],
 )
-def test_sizes(backend, resolution, channels, gamma, shift_pixel, mode):
-    """Steps beyond the grid, groups of uneven size, channels past them; two pieces of rows."""
-    function, device = backend
-    inputs = make_inputs(resolution, channels, count=2, device=device)
-    compare(function, *inputs, resolution, shift_pixel, gamma, mode)
+def test_groups_of_uneven_size(backend, channels, gamma, bounds):
+    """Which channels move which way, seen from a single token in the middle of a 3 x 3 grid."""
+    x = torch.zeros(1, 9, channels, device=backend.device)
+    x[:, 4] = 1
+    y = backend.function('q_shift')(x, (3, 3), channel_gamma=gamma).cpu()
+    # A token that is taken from the left shows up on the right, and so on.
+    for group, place in enumerate((5, 3, 7, 1)):
+        inside = torch.zeros(channels)
+        inside[bounds[group] : bounds[group + 1]] = 1
+        assert torch.equal(y[0, place], inside)
+    stays = torch.ones(channels)
+    stays[: bounds[4]] = 0
+    assert torch.equal(y[0, 4], stays)
 
 
-@all_backends
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-def test_strides_do_not_matter(backend, dtype):
-    """Inputs and gradients are read in place, in any layout."""
-    function, device = backend
-    x, mixes, grads = make_inputs((3, 5), 20, count=2, dtype=dtype, device=device)
-    layouts = (
-        lambda y: y.transpose(1, 2).contiguous().transpose(1, 2),
-        lambda y: torch.stack([y, torch.full_like(y, math.nan)], -1).flatten(-2)[..., ::2],
-        lambda y: y.permute(1, 2, 0).contiguous().permute(2, 0, 1),
-    )
-    expected = run(function, x, mixes, grads, (3, 5))
-    for layout in layouts:
-        assert not layout(x).is_contiguous()
-        results = run(function, layout(x), mixes, [layout(grad) for grad in grads], (3, 5))
-        for got, want in zip(results[:3], expected[:3], strict=True):
-            assert torch.equal(got, want)  # the very same arithmetic
-        for got, want in zip(results[3:], expected[3:], strict=True):
-            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)  # of another order, perhaps
-    shared = grads[0][:1, :1].expand_as(x)  # strides of 0, as y.sum().backward() gives
-    results = run(function, x, mixes, [shared, shared], (3, 5))
-    expected = run(function, x, mixes, [shared.contiguous()] * 2, (3, 5))
-    for got, want in zip(results, expected, strict=True):
-        torch.testing.assert_close(got, want)
+@on('tokens grid', [(h * w, (h, w)) for h, w in ((1, 1), (1, 7), (7, 1), (3, 5), (8, 8))])
+def test_q_shift_moves_bits(backend, tokens, grid):
+    for step, dtype in zip((0, 1, 2, 3, 9, 1), (*DTYPES, *HALF), strict=True):
+        options = dict(resolution=grid, shift_pixel=step)
+        call = OPERATORS['q_shift'].make((2, tokens, 37), dtype, backend.device, **options)
+        results = call.run(backend)
+        assert all(torch.equal(a, b.to(dtype)) for a, b in zip(results, call.truth(), strict=True))
 
 
-@all_backends
-@modes
-def test_empty_batch(backend, mode):
-    function, device = backend
-    x, mixes, grads = make_inputs((2, 3), 8, batch=0, device=device)
-    *results, gx, first, second, third = run(function, x, mixes, grads, (2, 3), 1, 1 / 4, mode)
-    assert all(y.shape == (0, 6, 8) for y in (*results, gx))
-    assert not any(gmix.any() for gmix in (first, second, third))
+@on()
+@pytest.mark.parametrize('step', [1, 2, 6])
+def test_gradient_is_the_adjoint(backend, step):
+    """<shift(x), y> = <x, shift*(y)>, exactly: a shift only moves numbers, here integers."""
+    x, y = (torch.randint(-9, 9, (2, 15, 10), device=backend.device).double() for _ in range(2))
+    x.requires_grad_()
+    shifted = backend.function('q_shift')(x, (3, 5), step)
+    (adjoint,) = torch.autograd.grad(shifted, x, y)
+    assert (shifted * y).sum().item() == (x * adjoint).sum().item()
 
 
-@all_backends
+@on()
 def test_mixes_of_any_form(backend):
     """One tensor (n, C), vectors, and the layers' parameters of shape (1, 1, C) mean the same."""
-    function, device = backend
-    x, mixes, _ = make_inputs((2, 3), 8, device=device)
+    function = backend.function('token_shift')
+    call = OPERATORS['token_shift'].make((2, 6, 8), device=backend.device, resolution=(2, 3))
+    x, mixes = call.inputs.values()
     expected = function(x, mixes, (2, 3))
-    vectors = [mix.flatten() for mix in mixes]
-    halves = [mix.double() for mix in mixes]
-    for form in (vectors, tuple(vectors), torch.stack(vectors), halves):
+    vectors, layers = list(mixes), [mix.view(1, 1, 8) for mix in mixes]
+    for form in (vectors, tuple(vectors), layers, mixes.double(), [m.double() for m in layers]):
         for got, want in zip(function(x, form, (2, 3)), expected, strict=True):
             assert torch.equal(got, want)
 
 
-@operator
-def test_a_mix_of_one_or_zero_is_exact(device):
+@on()
+def test_a_mix_of_one_or_zero_is_exact(backend):
     """No rounding where nothing is mixed: upstream's ``init_mode='local'`` starts so."""
-    x = torch.randn(2, 12, 8, device=device)
-    mixes = torch.stack([torch.ones(8), torch.zeros(8)]).to(device)
-    stays, moves = token_shift(x, mixes, (3, 4))
+    x = torch.randn(2, 12, 8, device=backend.device)
+    mixes = torch.stack([torch.ones(8), torch.zeros(8)]).to(backend.device)
+    stays, moves = backend.function('token_shift')(x, mixes, (3, 4))
     assert torch.equal(stays, x)
-    assert torch.equal(moves, q_shift(x, (3, 4)))
+    assert torch.equal(moves, backend.function('q_shift')(x, (3, 4)))
 
 
-@operator
-@modes
-def test_gradcheck(device, mode):
-    x, mixes, _ = make_inputs((2, 3), 9, batch=1, dtype=torch.float64, device=device)
-    leaves = [leaf.requires_grad_() for leaf in (x, *mixes)]
-    assert torch.autograd.gradcheck(
-        lambda x, *mixes: token_shift(x, mixes, (2, 3), 1, 1 / 4, mode), leaves
-    )
-
-
-@operator
-def test_only_what_takes_part_has_a_gradient(device):
-    """Results that are not used, and inputs that need no gradient, are left out."""
-    x, mixes, grads = make_inputs((3, 5), 12, device=device)
-    x.requires_grad_()
-    first, _, third = token_shift(x, mixes, (3, 5))
-    assert not mixes[0].requires_grad
-    (gx,) = torch.autograd.grad([first, third], x, [grads[0], grads[2]])
-    expected = run(token_shift, x, mixes[::2], grads[::2], (3, 5))[2]
+@on()
+def test_results_that_are_not_used(backend):
+    """They are left out of the gradients, and an input that needs no gradient has none."""
+    call = OPERATORS['token_shift'].make(device=backend.device)
+    x, mixes = call.inputs['x'].requires_grad_(), call.inputs['mixes']
+    function = backend.function('token_shift')
+    first, _, third = function(x, mixes, (3, 5))
+    (gx,) = torch.autograd.grad([first, third], x, call.grads[::2])
+    (expected,) = torch.autograd.grad(function(x, mixes[::2], (3, 5)), x, call.grads[::2])
     torch.testing.assert_close(gx, expected)
 
 
-@operator
-def test_second_derivative_says_that_there_is_none(device):
-    x, mixes, _ = make_inputs((2, 3), 8, device=device)
-    x.requires_grad_()
-    (y, *_) = token_shift(x, mixes, (2, 3))
-    (gx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(NotImplementedError, match='token_shift is differentiable once'):
-        gx.sum().backward()
-
-
-@operator
-def test_same_bits_for_any_number_of_threads(device):
-    inputs = make_inputs((33, 40), 24, batch=3, device=device)
-    first = run(token_shift, *inputs, (33, 40))
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            again = run(token_shift, *inputs, (33, 40))
-            assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    finally:
-        torch.set_num_threads(threads)
-
-
-@operator
-def test_every_output_element_is_written(device):
-    inputs = make_inputs((5, 7), 33, device=device)
-    expected = run(token_shift, *inputs, (5, 7), 2, 0.2)
-    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
-    try:
-        results = run(token_shift, *inputs, (5, 7), 2, 0.2)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert all(torch.equal(a, b) for a, b in zip(expected, results, strict=True))
-
-
 def test_nothing_but_the_inputs_is_saved():
-    x, mixes, _ = make_inputs((3, 4), 8)
-    mixes = torch.stack([mix.flatten() for mix in mixes]).requires_grad_()
+    x, mixes = OPERATORS['token_shift'].make().inputs.values()
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda y: saved.append(y) or y, lambda y: y):
-        token_shift(x, mixes, (3, 4))
+        token_shift(x, mixes.requires_grad_(), (3, 5))
     assert {y.data_ptr() for y in saved} == {x.data_ptr(), mixes.data_ptr()}

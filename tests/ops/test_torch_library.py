@@ -7,10 +7,11 @@ from torch.library import opcheck
 
 from vrwkv_ops import bi_wkv, q_shift
 
+from .backends import has_kernels, is_quick, on
+from .operators import DTYPES
+
 devices = pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=pytest.mark.cuda)])
-dtypes = pytest.mark.parametrize(
-    'dtype', [torch.float32, torch.float16, torch.bfloat16, torch.float64]
-)
+dtypes = pytest.mark.parametrize('dtype', DTYPES, ids=str)
 ops = torch.ops.vrwkv_ops
 
 
@@ -21,41 +22,53 @@ def make_inputs(device, dtype=torch.float32, shape=(2, 6, 8), grad=True):
     return [x.requires_grad_(grad) for x in (w, u, k, v)]
 
 
-@devices
-@dtypes
-@pytest.mark.parametrize('causal', [False, True])
-def test_opcheck(device, dtype, causal):
-    inputs = make_inputs(device, dtype)
+def schema_calls(name, inputs, mode):
+    """Calls of an operator's schemas, forward and backward."""
     detached = [x.detach() for x in inputs]
-    opcheck(ops.bi_wkv_forward.default, (*inputs, causal, True))
-    opcheck(ops.bi_wkv_forward.default, (*detached, causal, False))
-    saved = ops.bi_wkv_forward(*detached, causal, True)
-    gy = torch.randn_like(saved[0])
-    opcheck(ops.bi_wkv_backward.default, (gy, *detached, *saved, causal))
-    for reverse in (False, True):
-        opcheck(ops.q_shift.default, (inputs[2], 2, 3, 1, 0.25, reverse))
+    w, u, k, v = detached
+    if name == 'bi_wkv':
+        saved = ops.bi_wkv_forward(*detached, mode, True)
+        yield ops.bi_wkv_forward, (*inputs, mode, True)
+        yield ops.bi_wkv_forward, (*detached, mode, False)
+        yield ops.bi_wkv_backward, (torch.randn_like(k), *detached, *saved, mode)
+    elif name == 'q_shift':
+        yield ops.q_shift, (inputs[2], 2, 3, 1, 0.25, mode)
+    elif name == 'token_shift':
+        mixes = torch.stack([w, u])
+        grid = (*((2, 3) if mode == 'q_shift' else (1, 6)), 1, 0.25, mode)
+        yield ops.token_shift, (inputs[2], mixes.clone().requires_grad_(), *grid)
+        yield ops.token_shift_backward, ([k, v], k, mixes, *grid)
+    else:
+        yield ops.squared_relu, (inputs[3],)
+        yield ops.squared_relu_backward, (k, v)
+        yield ops.sigmoid_gate, (inputs[2], inputs[3])
+        yield ops.sigmoid_gate_backward, (k, k, v)
 
 
-@devices
-@dtypes
-@pytest.mark.parametrize('mode', ['q_shift', 'double_shift'])
-def test_opcheck_of_token_shift(device, dtype, mode):
-    w, u, k, v = make_inputs(device, dtype)
-    mixes = torch.stack([w, u]).detach()
-    args = (*((2, 3) if mode == 'q_shift' else (1, 6)), 1, 0.25, mode)
-    opcheck(ops.token_shift.default, (k, mixes.clone().requires_grad_(), *args))
-    opcheck(ops.token_shift_backward.default, ([k.detach(), v.detach()], k.detach(), mixes, *args))
+# Shapes and dtypes of results do not depend on the mode: it goes with the dtype.
+MODES = {
+    'bi_wkv': (False, True, False, True),
+    'q_shift': (False, True, True, False),
+    'token_shift': ('q_shift', 'double_shift', 'double_shift', 'single_shift'),
+    'pointwise': (None,) * 4,
+}
+OPCHECKS = [
+    (name, mode, dtype)
+    for name, modes in MODES.items()
+    for mode, dtype in zip(modes, DTYPES, strict=True)
+]
 
 
-@devices
-@dtypes
-def test_opcheck_of_pointwise(device, dtype):
-    _, _, r, x = make_inputs(device, dtype)
-    opcheck(ops.squared_relu.default, (x,))
-    opcheck(ops.sigmoid_gate.default, (r, x))
-    r, x = r.detach(), x.detach()
-    opcheck(ops.squared_relu_backward.default, (r, x))
-    opcheck(ops.sigmoid_gate_backward.default, (r, r, x))
+@on(
+    'name mode dtype',
+    OPCHECKS,
+    only=lambda backend: has_kernels(backend) and backend.name != 'pytorch',
+)
+def test_opcheck(backend, name, mode, dtype):
+    if not is_quick(backend) and dtype != torch.bfloat16:
+        return
+    for schema, args in schema_calls(name, make_inputs(backend.device, dtype), mode):
+        opcheck(schema.default, args)
 
 
 @devices

@@ -1,9 +1,9 @@
-"""The Triton backend: in its interpreter, compiled for an absent GPU, and dispatched to."""
+"""What only the Triton backend has: tiles, kernels compiled for an absent GPU, and dispatch."""
 
 import os
 import subprocess
 import sys
-from pathlib import Path
+import warnings
 
 import pytest
 import torch
@@ -12,27 +12,95 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+import vrwkv_ops
+from vrwkv_ops import backends, ops
+from vrwkv_ops import triton as backend_module
+from vrwkv_ops.reference import bi_wkv_reference
 from vrwkv_ops.triton import bi_wkv, pointwise
 from vrwkv_ops.triton import token_shift as shift
 
-TESTS = Path(__file__).parent / 'interpreted_triton.py'
+from .backends import BACKENDS, interpreter
+from .dense_bi_wkv import dense_with_gradients
+from .test_bi_wkv import make_inputs, relative_error, run
+
+# --- Tiles, in the interpreter ------------------------------------------------------------------
 
 
-def run_python(*args, **environment):
-    return subprocess.run(
-        [sys.executable, *args],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-    )
+@pytest.fixture
+def interpreted():
+    """The interpreted kernels, and a function that sets their tiles."""
+    with next(x for x in BACKENDS if x.name == 'triton-interpreted').serving() as backend:
+        yield backend
+    interpreter().call('use_tiles', 8, 4, 2)
 
 
-def test_kernels_in_the_interpreter():
-    """Its switch must be set before Triton is imported: these tests have a process of their own."""
-    options = ('-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-m', 'not cuda', str(TESTS))
-    result = run_python(*options, TRITON_INTERPRET='1')
-    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
-    assert ' passed' in result.stdout and 'skipped' not in result.stdout
+def use_tiles(*tiling):
+    interpreter().call('use_tiles', *tiling)
+
+
+def test_a_token_alone_gets_its_very_value(interpreted):
+    """Not v e^k / e^k, which may round: its weights move nothing, and their gradients are 0."""
+    w, u, k, v, gy = make_inputs(1, 8)
+    y, gw, gu, gk, gv = run(interpreted, w, u, k, v, gy)
+    assert torch.equal(y, v)
+    assert not gw.any() and not gu.any() and not gk.any()
+    torch.testing.assert_close(gv, gy, rtol=1e-6, atol=0)
+
+
+def test_errors_do_not_grow_with_the_number_of_tokens(interpreted):
+    """50 tiles of two tokens: joining them is what could add up roundings of 6e-8.
+
+    Gradients have the error of z, which is rounded to float32 between the passes.
+    """
+    use_tiles(2, 2, 128)
+    _, *rest = make_inputs(100, 2, 1, k_max=30)
+    inputs = [torch.tensor([30.0, -30.0]) / 100, *rest]
+    truths = dense_with_gradients(*inputs)
+    for got, expected, bar in zip(
+        run(interpreted, *inputs), truths, (3e-7, *[1e-5] * 4), strict=True
+    ):
+        assert relative_error(got, expected) <= bar
+
+
+@pytest.mark.parametrize('tokens', [196, 257])
+def test_chosen_tiles_are_right(interpreted, tokens):
+    """The tiles of real runs: a short sequence in one, another in several of 64 tokens."""
+    use_tiles()
+    inputs = make_inputs(tokens, 3, 1, w_total=300)
+    truths = dense_with_gradients(*inputs)
+    # Decays of ten times 30, where gradients may err so much more, and y not: the power of a
+    # decay over all steps of a tile is as good as one rounding.
+    for got, expected, bar in zip(
+        run(interpreted, *inputs), truths, (3e-7, *[1e-4] * 4), strict=True
+    ):
+        assert relative_error(got, expected) <= bar
+
+
+@pytest.mark.parametrize('tokens', [1, 3, 64, 196, 256, 257, 4096, 1 << 20])
+@pytest.mark.parametrize('elements', [512, 1024, 2048])
+def test_chosen_tilings(tokens, elements):
+    tiling = bi_wkv.choose_tiling(tokens, elements)
+    assert all(size & (size - 1) == 0 for size in tiling)
+    assert tiling.tokens * tiling.channels <= elements and tiling.channels >= 2
+    assert tokens > 256 or tiling.tokens >= tokens
+
+
+def test_direct_calls_are_told_what_is_wrong(interpreted):
+    operators = torch.ops.vrwkv_ops
+    w, k = torch.zeros(4), torch.zeros(2, 6, 4)
+    with pytest.raises(RuntimeError, match=r'expected u of shape \(4,\).*got \(3,\)'):
+        operators.bi_wkv_forward(w, w[:3], k, k, False, False)
+    y, residual, z = operators.bi_wkv_forward(w, w, k, k, False, False)
+    with pytest.raises(RuntimeError, match=r'expected z of shape \(2, 6, 4\)'):
+        operators.bi_wkv_backward(k, w, w, k, k, y, residual, z, False)  # z was not saved
+    with pytest.raises(RuntimeError, match='grid of 3 x 3'):
+        operators.q_shift(k, 3, 3, 1, 0.25, False)
+    with pytest.raises(RuntimeError, match='expected mixes of shape'):
+        operators.token_shift(k, w, 2, 3, 1, 0.25, 'q_shift')
+    with pytest.raises(RuntimeError, match='expected 2 gradients'):
+        operators.token_shift_backward([k], k, torch.zeros(2, 4), 2, 3, 1, 0.25, 'q_shift')
+    with pytest.raises(RuntimeError, match='one shape, dtype and device'):
+        operators.sigmoid_gate(k, k[:1])
 
 
 # --- Compiled ahead of time for an H100 ---------------------------------------------------------
@@ -90,7 +158,7 @@ def compile_for_h100(kernel, dtype, constants):
     ('kernel', 'constants'), KERNELS, ids=[f'{k.__name__}-{i}' for i, (k, _) in enumerate(KERNELS)]
 )
 def test_compiles_for_a_gpu(kernel, constants, tmp_path, monkeypatch):
-    """What the interpreter does not see: types, and what Triton's compiler cannot do."""
+    """Shows errors of types and of the compiler, which the interpreter does not see."""
     monkeypatch.setenv('TRITON_CACHE_DIR', str(tmp_path))  # compile indeed
     joins = kernel is bi_wkv.join_tiles  # in float64 for all
     once = joins or constants is FLAT or constants.get('CAUSAL') or 'T' in constants
@@ -105,7 +173,7 @@ def test_compiles_for_a_gpu(kernel, constants, tmp_path, monkeypatch):
 # --- Dispatch -----------------------------------------------------------------------------------
 
 WITHOUT_KERNELS = """
-import pathlib, sys, warnings
+import pathlib, sys
 read_text = pathlib.Path.read_text
 def hidden(self, *args, **kwargs):
     if self.name == '_build_info.json':
@@ -113,122 +181,61 @@ def hidden(self, *args, **kwargs):
     return read_text(self, *args, **kwargs)
 pathlib.Path.read_text = hidden
 import torch
-import vrwkv_ops
 from vrwkv_ops import backends, ops, triton
+assert backends.triton_serves_gpus()
+assert 'triton.language' not in sys.modules  # not before it is needed
+names = torch._C._dispatch_get_all_op_names()
+names = {n.split('::')[1] for n in names if n.startswith('vrwkv_ops::')}
+assert names == set(ops.SCAN_KERNELS) <= set(triton._operators()), names
+for name in names:
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    assert has(f'vrwkv_ops::{name}', 'CUDA'), name
+    assert not has(f'vrwkv_ops::{name}', 'CPU'), name
 """
 
 
 def test_triton_serves_gpus_without_compiled_kernels():
-    script = (
-        'assert backends.triton_serves_gpus()\n'
-        'assert "triton.language" not in sys.modules  # not before it is needed\n'
-        'for name in ops.SCAN_KERNELS:\n'
-        '    has = torch._C._dispatch_has_kernel_for_dispatch_key\n'
-        '    assert has(f"vrwkv_ops::{name}", "CUDA"), name\n'
-        '    assert not has(f"vrwkv_ops::{name}", "CPU"), name\n'
+    """Every operator, and CPUs none."""
+    result = subprocess.run(
+        [sys.executable, '-c', WITHOUT_KERNELS],
+        env={**os.environ, 'TRITON_INTERPRET': '0'},
+        capture_output=True,
+        text=True,
     )
-    result = run_python('-c', WITHOUT_KERNELS + script)
-    assert result.returncode == 0, result.stderr
-
-
-def test_all_operators_are_served():
-    """Each operator of the schemas has a Triton kernel, and one of the scan."""
-    script = (
-        'names = {n.split("::")[1] for n in torch._C._dispatch_get_all_op_names()'
-        ' if n.startswith("vrwkv_ops::")}\n'
-        'assert names == set(ops.SCAN_KERNELS) <= set(triton._operators()), names\n'
-    )
-    result = run_python('-c', WITHOUT_KERNELS + script)
     assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize(
-    ('fault', 'reason'),
-    [
-        # On CPU tensors without the interpreter, Triton finds no driver: any error will do.
-        ('', 'they do not work here'),
-        ('sys.modules["triton"] = None\n', 'ModuleNotFoundError'),
-    ],
+    ('is_missing', 'reason'),
+    # On CPU tensors without the interpreter, Triton finds no driver: any error will do.
+    [(False, 'they do not work here'), (True, 'ModuleNotFoundError')],
 )
-def test_the_scan_stands_in_where_triton_fails(fault, reason):
+def test_the_scan_stands_in_where_triton_fails(monkeypatch, is_missing, reason):
     """Shown on the CPU, where Triton cannot run: one warning, and right results."""
-    script = fault + (
-        'backends._loaded["cuda"] = backends._loaded["cpu"]\n'
-        'backends._TITLES["cpu"] = "C++ kernels"\n'
-        'triton.serve("CPU", ops.SCAN_KERNELS)\n'
-        'from vrwkv_ops.reference import bi_wkv_reference\n'
-        'w, u = torch.randn(2, 8)\n'
-        'k, v = torch.randn(2, 2, 6, 8, requires_grad=True)\n'
-        'with warnings.catch_warnings(record=True) as caught:\n'
-        '    warnings.simplefilter("always")\n'
-        '    y = vrwkv_ops.bi_wkv(w, u, vrwkv_ops.q_shift(k, (2, 3)), v)\n'
-        '    y.sum().backward()\n'
-        'caught = [c for c in caught if "pure-PyTorch" in str(c.message)]\n'
-        'assert len(caught) == 1, caught\n'
-        'torch.testing.assert_close(y, bi_wkv_reference(w, u, vrwkv_ops.q_shift(k, (2, 3)), v))\n'
-        'print(backends._loaded["triton"])\n'
-    )
-    result = run_python('-c', WITHOUT_KERNELS + script)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith('[ ] Triton kernels') and reason in result.stdout
-
-
-# --- On a GPU -----------------------------------------------------------------------------------
-
-GPU_CASES = [
-    (dtype, causal, shape)
-    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-    for causal in (False, True)
-    for shape in ((2, 1, 5), (2, 7, 33), (1, 196, 192), (3, 257, 31), (1, 4096, 70))
-]
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize(('dtype', 'causal', 'shape'), GPU_CASES)
-def test_compiled_kernels_on_a_gpu(dtype, causal, shape):
-    """Triton's kernels, whether or not they are what serves this GPU, against the scan."""
-    from vrwkv_ops import scan
-
-    generator = torch.Generator('cuda').manual_seed(0)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    _, tokens, channels = shape
-    options = dict(generator=generator, device='cuda', dtype=torch.float64)
-    w = (torch.rand(channels, **options) * 60 - 30) / tokens
-    u = torch.randn(channels, **options)
-    k = torch.rand(shape, **options) * 20 - 10
-    v, gy = torch.randn(2, *shape, **options)
-    w, u, k, v, gy = [x.to(wide) for x in (w, u)] + [x.to(dtype) for x in (k, v, gy)]
-    saved = bi_wkv.forward(w, u, k, v, causal, True)
-    results = [saved[0], *bi_wkv.backward(gy, w, u, k, v, *saved, causal)]
-    again = bi_wkv.backward(gy, w, u, k, v, *saved, causal)
-    assert all(torch.equal(a, b) for a, b in zip(again, results[1:], strict=True))
-    wide_inputs = [x.double() for x in (w, u, k, v)]
-    y, z = scan.forward(*wide_inputs, causal)
-    truths = [y, *scan.backward(gy.double(), *wide_inputs, y, z, causal)]
-    for i, (got, expected) in enumerate(zip(results, truths, strict=True)):
-        rounding = (expected.to(got.dtype).double() - expected).norm()
-        scale = max(expected.norm(), 0.1 * gy.double().norm())  # zero for T = 1
-        bar = {torch.float64: 1e-11, torch.float32: 1e-5}.get(dtype, 1e-5 if i in (0, 4) else 3e-5)
-        assert (got.double() - expected).norm() <= 1.001 * rounding + bar * scale
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize('mode', ['q_shift', 'single_shift', 'double_shift'])
-def test_compiled_shifts_on_a_gpu(dtype, mode):
-    from vrwkv_ops import shift as slices
-
-    x = torch.randn(2, 15, 70, device='cuda', dtype=dtype)
-    mixes = torch.rand(3, 70, device='cuda')
-    args = (3, 5, 1, 0.25, mode)
-    grads = [torch.randn_like(x) for _ in range(3)]
-    eps = max(torch.finfo(dtype).eps, 1e-5)
-    for got, expected in zip(
-        [*shift.token_shift(x, mixes, *args), *shift.token_shift_backward(grads, x, mixes, *args)],
-        [*slices.forward(x, mixes, *args), *slices.backward(grads, x, mixes, *args)],
-        strict=True,
-    ):
-        torch.testing.assert_close(got, expected, rtol=eps, atol=eps)
-    if mode == 'q_shift':
-        expected = slices.shift_slices(x, 3, 5, 1, 0.25)
-        assert torch.equal(shift.q_shift(x, 3, 5, 1, 0.25, False), expected)
+    cpu = backends._loaded['cpu']
+    monkeypatch.setattr(backends, '_loaded', {**backends._loaded, 'cuda': cpu})
+    monkeypatch.setattr(backends, '_warned', set())
+    caches = (backend_module.works_on, backend_module._operators)
+    if is_missing:
+        monkeypatch.setitem(sys.modules, 'triton', None)
+        for name in ('bi_wkv', 'bi_wkv_state', 'common', 'pointwise', 'token_shift'):
+            monkeypatch.delitem(sys.modules, f'vrwkv_ops.triton.{name}')
+            monkeypatch.delattr(backend_module, name)
+    for cache in caches:
+        cache.cache_clear()
+    w, u = torch.randn(2, 8)
+    k, v = torch.randn(2, 2, 6, 8, requires_grad=True)
+    backend_module.serve('CPU', ops.SCAN_KERNELS)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter('always')
+            y = vrwkv_ops.bi_wkv(w, u, vrwkv_ops.q_shift(k, (2, 3)), v)
+            y.sum().backward()
+    finally:
+        backend_module._FOR_GOOD.pop()._destroy()
+        for cache in caches:
+            cache.cache_clear()
+    assert len([c for c in caught if 'pure-PyTorch' in str(c.message)]) == 1
+    torch.testing.assert_close(y, bi_wkv_reference(w, u, vrwkv_ops.q_shift(k, (2, 3)), v))
+    assert str(backends._loaded['triton']).startswith('[ ] Triton kernels')
+    assert reason in str(backends._loaded['triton'])

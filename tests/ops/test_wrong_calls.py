@@ -3,15 +3,9 @@
 import pytest
 import torch
 
-from vrwkv_ops import bi_wkv, q_shift, sigmoid_gate, squared_relu, token_shift
-from vrwkv_ops.reference import (
-    bi_wkv_reference,
-    q_shift_reference,
-    sigmoid_gate_reference,
-    squared_relu_reference,
-    token_shift_reference,
-)
 from vrwkv_ops.scan import bi_wkv_scan
+
+from .backends import has_kernels, on
 
 
 def wkv(**changes):
@@ -181,60 +175,40 @@ WRONG_GATE = {
 }
 
 
-@pytest.mark.parametrize('function', [bi_wkv_reference, bi_wkv_scan, bi_wkv])
-@pytest.mark.parametrize(('arguments', 'error', 'message'), WRONG_WKV.values(), ids=WRONG_WKV)
-def test_bi_wkv_refuses(function, arguments, error, message):
-    with pytest.raises(error, match=message):
-        function(**arguments)
+WRONG = {
+    f'{name}-{what}': (name, *case)
+    for name, cases in {
+        'bi_wkv': WRONG_WKV,
+        'q_shift': WRONG_SHIFT,
+        'token_shift': WRONG_TOKEN_SHIFT,
+        'squared_relu': WRONG_POINTWISE,
+        'sigmoid_gate': WRONG_GATE,
+    }.items()
+    for what, case in cases.items()
+}
 
 
-@pytest.mark.parametrize('function', [q_shift_reference, q_shift])
-@pytest.mark.parametrize(('arguments', 'error', 'message'), WRONG_SHIFT.values(), ids=WRONG_SHIFT)
-def test_q_shift_refuses(function, arguments, error, message):
-    with pytest.raises(error, match=message):
-        function(**arguments)
+@on('name arguments error message', WRONG, only=lambda backend: backend.device == 'cpu')
+def test_refuses(backend, name, arguments, error, message):
+    functions = [backend.function(name), *[bi_wkv_scan] * (name == 'bi_wkv')]
+    for function in functions:
+        with pytest.raises(error, match=message):
+            function(**arguments)
 
 
-@pytest.mark.parametrize('function', [token_shift_reference, token_shift])
-@pytest.mark.parametrize(
-    ('arguments', 'error', 'message'), WRONG_TOKEN_SHIFT.values(), ids=WRONG_TOKEN_SHIFT
-)
-def test_token_shift_refuses(function, arguments, error, message):
-    with pytest.raises(error, match=message):
-        function(**arguments)
-
-
-@pytest.mark.parametrize('function', [squared_relu_reference, squared_relu])
-@pytest.mark.parametrize(
-    ('arguments', 'error', 'message'), WRONG_POINTWISE.values(), ids=WRONG_POINTWISE
-)
-def test_squared_relu_refuses(function, arguments, error, message):
-    with pytest.raises(error, match=message):
-        function(**arguments)
-
-
-@pytest.mark.parametrize('function', [sigmoid_gate_reference, sigmoid_gate])
-@pytest.mark.parametrize(('arguments', 'error', 'message'), WRONG_GATE.values(), ids=WRONG_GATE)
-def test_sigmoid_gate_refuses(function, arguments, error, message):
-    with pytest.raises(error, match=message):
-        function(**arguments)
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize('function', [bi_wkv_reference, bi_wkv_scan, bi_wkv])
-def test_refuses_tensors_on_two_devices(function):
+@on(only=lambda backend: backend.device == 'cuda')
+def test_refuses_tensors_on_two_devices(backend):
+    on_gpu = dict(w=torch.zeros(4), u=torch.zeros(4), k=torch.zeros(2, 6, 4))
+    on_gpu = {name: x.to(backend.device) for name, x in on_gpu.items()}
     with pytest.raises(ValueError, match="'v' is on cpu but 'k' is on cuda:0"):
-        function(
-            **wkv(k=torch.zeros(2, 6, 4, device='cuda'))
-            | {name: torch.zeros(4, device='cuda') for name in 'wu'}
-        )
+        backend.function('bi_wkv')(**wkv(**on_gpu))
 
 
-@pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=pytest.mark.cuda)])
-def test_kernels_guard_direct_calls(device):
+@on(only=lambda backend: has_kernels(backend) and 'pytorch' not in backend.name)
+def test_kernels_guard_direct_calls(backend):
     """Calls that go around the Python API end in an exception too, and not in foreign memory."""
     ops = torch.ops.vrwkv_ops
-    w, k = torch.zeros(4, device=device), torch.zeros(2, 6, 4, device=device)
+    w, k = (torch.zeros(*shape, device=backend.device) for shape in ((4,), (2, 6, 4)))
     for wrong in (
         (w[:3], w, k, k),
         (w.double(), w, k, k),

@@ -1,98 +1,34 @@
-"""The CUDA kernels, run on the CPU by an emulator: what a machine without a GPU can show.
-
-It compiles csrc/*/cuda.cu for the CPU, with cuda_emulator.h in the place of CUDA's headers and its
-launches replaced. Threads, barriers, shared memory and its limits are those of CUDA; times, warps
-and races within a phase are not.
-"""
-
-import re
-import subprocess
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+"""What only the CUDA kernels have, in the emulator: ways, tilings, launches and barriers."""
 
 import pytest
 import torch
-from torch.utils import cpp_extension
 
-from vrwkv_ops import bi_wkv, pointwise, shift
+from vrwkv_ops import bi_wkv
 
 from .dense_bi_wkv import dense_with_gradients
+from .emulated_cuda import load
 
-HERE = Path(__file__).parent
-CSRC = HERE.parents[1] / 'vrwkv_ops' / 'csrc'
-HEADERS = (
-    *('ATen/cuda/CUDAContext.h', 'c10/cuda/CUDAException.h', 'c10/cuda/CUDAGuard.h'),
-    'cuda_pipeline.h',
-)
-DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 NAMES = ('y', 'gw', 'gu', 'gk', 'gv')
 H100 = 227  # KiB of shared memory for a block
 
 
-def emulated(source: str) -> str:
-    """The source of kernels with what no macro can express replaced."""
-    source, launches = re.subn(
-        r'([\w:]+(?:<[^;<>]*>)?)<<<(.*?)>>>\((.*?)\);',
-        r'emulator::launch(\2, [&] { \1(\3); });',
-        source,
-        flags=re.DOTALL,
-    )
-    assert launches and '<<<' not in source
-    source = source.replace(
-        'extern __shared__ __align__(16) unsigned char memory[];',
-        'auto* const memory = emulator::dynamic_memory;',
-    )
-    careful = r'__device__ __noinline__ (void careful_\w+\(.*?\) \{)'
-    source = re.sub(careful, r'\1 ++emulator::careful_calls;', source)
-    return '#include "cuda_emulator.h"\n' + source
-
-
 @pytest.fixture(scope='module')
-def library(tmp_path_factory):
+def library():
     """The operators of csrc/*/cuda.cu, for tensors on the CPU."""
-    folder = tmp_path_factory.mktemp('emulated')
-    for name in HEADERS:
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text('#include "cuda_emulator.h"\n')
-    sources = {HERE / 'cuda_emulator.cpp': CSRC}  # and the folder of their headers
-    for source in sorted(CSRC.glob('*/cuda.cu')):
-        copy = folder / f'{source.parent.name}.cpp'
-        copy.write_text(emulated(source.read_text()))
-        sources[copy] = source.parent
-    compiler = cpp_extension.get_cxx_compiler()
-    paths = (folder, HERE, *cpp_extension.include_paths())
-    # CUDA fuses multiply-adds, which exponents rely on.
-    flags = ['-std=c++20', '-O1', '-fPIC', '-w', '-DVRWKV_HAS_FMA=1']
-    flags += [f'-I{path}' for path in paths]
-
-    def compile_file(source: Path) -> str:
-        headers = f'-I{sources[source]}'
-        target = str(folder / f'{source.stem}.o')
-        command = [compiler, *flags, headers, '-c', str(source), '-o', target]
-        result = subprocess.run(command, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr[-3000:]
-        return command[-1]
-
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_file, sources))
-    file = str(folder / 'emulated.so')
-    libraries = [*(f'-L{path}' for path in cpp_extension.library_paths()), '-ltorch_cpu', '-lc10']
-    subprocess.run([compiler, '-shared', *objects, *libraries, '-o', file], check=True)
-    torch.ops.load_library(file)
-    return torch.ops.vrwkv_emulated
+    return load()
 
 
 @pytest.fixture(autouse=True)
 def device(library):
-    """Set the device's shared memory in KiB, and the order of threads; an H100's to begin with."""
+    """Sets the device's shared memory in KiB and the order of threads; at first an H100's."""
 
     def set_device(kib=H100, is_reversed=False):
         library.set_device(kib << 10, is_reversed)
 
     set_device()
     library.take_counts()
-    return set_device
+    yield set_device
+    set_device()
 
 
 def run(library, w, u, k, v, gy, causal=False):
@@ -169,43 +105,6 @@ def test_equals_dense(library, device, tokens, k_max, w_total, kib, is_far, dtyp
     results, careful = run(library, *inputs, causal)
     assert all(took is far for took, far in zip(careful, is_far, strict=True) if far is not None)
     check(results, inputs, causal)
-
-
-@pytest.mark.parametrize('dtype', DTYPES, ids=str)
-@pytest.mark.parametrize('causal', [False, True], ids=['bi', 'causal'])
-@pytest.mark.parametrize(
-    'shape',
-    [
-        *((1, 1, 1), (3, 2, 7), (1, 33, 31), (2, 197, 33)),
-        # Whole blocks of 32 channels in aligned rows, a tile and one token more, a rest of 8.
-        *((2, 196, 64), (1, 257, 32), (1, 300, 40)),
-    ],
-)
-def test_sizes(library, shape, dtype, causal):
-    inputs = make_inputs(shape, dtype, w_total=0.5)
-    check(run(library, *inputs, causal)[0], inputs, causal)
-
-
-def _transposed(x):
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def _every_second(x):
-    return x.repeat_interleave(2, 2)[..., ::2]
-
-
-def _off_by_one(x):
-    """Contiguous, but no address is a multiple of 16 bytes."""
-    return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
-
-
-@pytest.mark.parametrize('layout', [_transposed, _every_second, _off_by_one])
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=['float32', 'bfloat16'])
-def test_layouts_do_not_matter(library, layout, dtype):
-    w, u, *dense = make_inputs((2, 100, 64), dtype)
-    expected, _ = run(library, w, u, *dense)
-    results, _ = run(library, w, u, *map(layout, dense))
-    assert all(map(torch.equal, results, expected))
 
 
 @pytest.mark.parametrize('k_max', [3, 100], ids=['fast', 'careful'])
@@ -299,17 +198,6 @@ def test_long_sequence(library):
         assert (got - want).norm() <= 1e-5 * want.norm()
 
 
-@pytest.mark.parametrize('which', [2, 3], ids=['k', 'v'])
-def test_not_a_number(library, which):
-    """A NaN comes out of its own channel only."""
-    inputs = make_inputs((1, 40, 3))
-    inputs[which][0, 7, 1] = torch.nan
-    (y, _, _, gk, gv), _ = run(library, *inputs)
-    for x in (y, gk, gv):
-        assert x[..., [0, 2]].isfinite().all()
-        assert x[..., 1].isnan().all() or (which == 3 and x is gv)  # which v does not enter
-
-
 def test_largest_values(library):
     """Sums of nearly the largest floats stay finite; equal values come out as they are."""
     k, gy = torch.zeros(2, 1, 300, 3)
@@ -319,74 +207,3 @@ def test_largest_values(library):
     assert not careful[0]
     # A few roundings of the sums.
     torch.testing.assert_close(y, v, rtol=2e-6, atol=0)
-
-
-# --- Token shifts and element-wise functions --------------------------------------------------
-
-
-@pytest.mark.parametrize('dtype', DTYPES, ids=str)
-@pytest.mark.parametrize(
-    ('channels', 'layout'),
-    [(64, torch.clone), (64, _off_by_one), (64, _every_second), (10, torch.clone)],
-    ids=['wide', 'off by one', 'strided', 'few'],
-)
-@pytest.mark.parametrize(
-    ('height', 'width', 'step', 'mode'),
-    [
-        (5, 7, 1, 'q_shift'),
-        (9, 9, 3, 'q_shift'),
-        (1, 30, 1, 'single_shift'),
-        (1, 30, 2, 'double_shift'),
-    ],
-)
-def test_token_shift(library, height, width, step, mode, channels, layout, dtype):
-    """Against PyTorch's slices in float64, rounded once."""
-    generator = torch.Generator().manual_seed(0)
-    dense = torch.randn(4, 3, height * width, channels, generator=generator, dtype=torch.float64)
-    x, *grads = (layout(t.to(dtype)) for t in dense)
-    accumulation = torch.float64 if dtype == torch.float64 else torch.float32
-    mixes = torch.rand(3, channels, generator=generator).to(accumulation)
-    grid = (height, width, step, 0.25, mode)
-    results = [
-        *library.token_shift(x, mixes, *grid),
-        *library.token_shift_backward(grads, x, mixes, *grid),
-    ]
-    wide = x.double(), mixes.double()
-    truths = [
-        *shift.forward(*wide, *grid),
-        *shift.backward([grad.double() for grad in grads], *wide, *grid),
-    ]
-    for got, expected in zip(results, truths, strict=True):
-        rounding = (expected.to(got.dtype).double() - expected).norm()
-        bar = 1e-14 if dtype == torch.float64 else 1e-6  # a few roundings of the accumulation type
-        assert (got.double() - expected).norm() <= 1.001 * rounding + bar * expected.norm()
-    if mode == 'q_shift':
-        moved = library.q_shift(x, height, width, step, 0.25, False)
-        assert torch.equal(moved, shift.shift_slices(x, *grid))
-
-
-@pytest.mark.parametrize('dtype', DTYPES, ids=str)
-@pytest.mark.parametrize('count', [1, 1003])
-@pytest.mark.parametrize('layout', [torch.clone, _off_by_one], ids=['aligned', 'off by one'])
-def test_pointwise(library, count, layout, dtype):
-    """Against PyTorch's operators in float64, rounded once."""
-    generator = torch.Generator().manual_seed(0)
-    dense = torch.randn(3, count, generator=generator, dtype=torch.float64)
-    grad, r, x = (layout(t.to(dtype)) for t in dense)
-    wide = [t.double() for t in (grad, r, x)]
-    results = [
-        library.squared_relu(x),
-        library.squared_relu_backward(grad, x),
-        library.sigmoid_gate(r, x),
-        *library.sigmoid_gate_backward(grad, r, x),
-    ]
-    truths = [
-        pointwise.squared_relu(wide[2]),
-        pointwise.squared_relu_backward(wide[0], wide[2]),
-        pointwise.sigmoid_gate(*wide[1:]),
-        *pointwise.sigmoid_gate_backward(*wide),
-    ]
-    for got, expected in zip(results, truths, strict=True):
-        rounding = (expected.to(dtype).double() - expected).norm()
-        bar = 1e-14 if dtype == torch.float64 else 1e-6
-        assert (got.double() - expected).norm() <= 1.001 * rounding + bar * expected.norm()
