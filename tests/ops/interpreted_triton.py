@@ -103,6 +103,6 @@ if __name__ == '__main__':
     behave_like_gpus()
     save_time()
     use_tiles(8, 4, 2)
-    token_shift._BLOCKS = dict(BLOCK_T=8, BLOCK_C=8)
+    token_shift._BLOCKS = dict(BLOCK_T=8, BLOCK_C=16)
     pointwise._BLOCK = 64
     serve(Connection(int(sys.argv[1])))

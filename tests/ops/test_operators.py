@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from .backends import has_kernels, is_quick, on
-from .operators import DTYPES, OPERATORS, as_list
+from .operators import DTYPES, HALF, OPERATORS, as_list
 
 operators = pytest.mark.parametrize('operator', OPERATORS.values(), ids=OPERATORS)
 WKV = [name for name in OPERATORS if 'wkv' in name]
@@ -52,7 +52,7 @@ GRIDS = [((1, 1), 4, 1 / 4), ((5, 4), 10, 1 / 4), ((1, 7), 33, 1 / 8), ((9, 11),
     [((2, math.prod(grid), c), name, grid, gamma) for grid, c, gamma in GRIDS for name in SHIFTS],
 )
 def test_steps_and_groups_of_shifts(backend, shape, name, grid, gamma):
-    for step in (0, 1, 2, 3, 40):
+    for step in (0, 1, 2, 3, 40) if is_quick(backend) else (0, 2, 40):
         options = dict(resolution=grid, shift_pixel=step, channel_gamma=gamma)
         call = OPERATORS[name].make(shape, device=backend.device, **options)
         call.check(call.run(backend))
@@ -132,25 +132,25 @@ def off_by_one(x):
 
 @on()
 @operators
-@pytest.mark.parametrize('dtype', [*PAIR, torch.float64], ids=str)
-def test_strides_do_not_matter(backend, operator, dtype):
+def test_strides_do_not_matter(backend, operator):
     """Inputs and gradients are read in place, in any layout."""
     shape = (2, 15, 40) if is_quick(backend) else operator.shape
-    call = operator.make(shape, dtype, backend.device)
-    expected = call.run(backend)
     is_exact = IS_EXACT.get(operator.name, lambda _: True)(backend)
-    for layout in (transposed, every_second, batch_last, off_by_one):
-        moved = call.map(layout)
-        for name in operator.parameters:
-            moved.inputs[name] = every_second(call.inputs[name])
-        results = moved.run(backend)
-        assert results[0].is_contiguous() or backend.is_loops
-        for name, got, want in zip(call.names(), results, expected, strict=True):
-            if name == 'gmixes' or not is_exact:
-                rtol = 1e-2 if got.dtype == torch.bfloat16 else 1e-5
-                torch.testing.assert_close(got, want, rtol=rtol, atol=1e-5)
-            else:
-                assert torch.equal(got, want), (name, layout)
+    for dtype in (*PAIR, torch.float64) if is_quick(backend) else HALF[1:]:
+        call = operator.make(shape, dtype, backend.device)
+        expected = call.run(backend)
+        for layout in (transposed, every_second, batch_last, off_by_one):
+            moved = call.map(layout)
+            for name in operator.parameters:
+                moved.inputs[name] = every_second(call.inputs[name])
+            results = moved.run(backend)
+            assert results[0].is_contiguous() or backend.is_loops
+            for name, got, want in zip(call.names(), results, expected, strict=True):
+                if is_exact and name != 'gmixes':
+                    assert torch.equal(got, want), (name, dtype, layout)
+                else:
+                    rtol = 1e-2 if got.dtype == torch.bfloat16 else 1e-5
+                    torch.testing.assert_close(got, want, rtol=rtol, atol=1e-5)
 
 
 @on()
