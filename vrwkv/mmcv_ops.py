@@ -266,7 +266,8 @@ class _Finder(MetaPathFinder, Loader):
 def serve_mmcv_ops() -> None:
     """Make ``mmcv.ops`` importable where mmcv has no compiled operators.
 
-    Call it before anything imports ``mmcv.ops``; calling it again changes nothing.
+    Call it before importing ``mmcv.ops``, mmdet's or mmseg's models; calling it again changes
+    nothing.
 
     Raises:
         ImportError: If several distributions of mmcv are installed: they share one folder.
@@ -275,6 +276,12 @@ def serve_mmcv_ops() -> None:
         return
     require_one_mmcv()
     sys.meta_path.append(_Finder())
+    # mmcv.cnn, which mmpretrain imports, leaves this class out where mmcv.ops cannot be imported.
+    transformer = sys.modules.get('mmcv.cnn.bricks.transformer')
+    if transformer and not hasattr(transformer, 'MultiScaleDeformableAttention'):
+        from mmcv.ops import MultiScaleDeformableAttention
+
+        transformer.MultiScaleDeformableAttention = MultiScaleDeformableAttention
 
 
 def describe() -> str:

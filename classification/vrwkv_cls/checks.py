@@ -4,48 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import mmpretrain.datasets.transforms  # noqa: F401 (registers what is replaced below)
 import torch
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
-from mmengine.runner import checkpoint as mmengine_checkpoint
-from mmpretrain.apis import image_classification
-from mmpretrain.models import ClsDataPreprocessor
 from mmpretrain.models.heads import ClsHead
-from mmpretrain.registry import HOOKS, TRANSFORMS
+from mmpretrain.registry import HOOKS
 from mmpretrain.structures import DataSample
 from torch import Tensor, nn
 
-from vrwkv.engine.images import check_bands, imread, register_loader
 from vrwkv.weights import require_head_fit
 
-register_loader(TRANSFORMS)
-check_bands(ClsDataPreprocessor)
-image_classification.imread = imread
 
-_load_state_dict = mmengine_checkpoint.load_state_dict
-
-
-def load_state_dict(module: nn.Module, state_dict: Mapping[str, Tensor], *args, **kwargs) -> None:
-    """Load weights as mmengine does, unless they are a classifier's of other classes.
-
-    mmengine leaves out what does not fit, with a warning: the head would stay random.
+def require_classes_fit(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+    """Refuse the weights of a classifier with other classes; see :func:`require_head_fit`.
 
     Args:
-        module: The model.
+        model: Any model; only a classifier's head is checked.
         state_dict: The weights.
-        *args: As for mmengine's function.
-        **kwargs: As for mmengine's function.
 
     Raises:
         CheckpointError: If the model is a classifier whose head has another shape.
     """
-    inner = module.module if is_model_wrapper(module) else module
-    head = getattr(inner, 'head', None)
+    head = getattr(model, 'head', None)
     if isinstance(head, ClsHead):
         require_head_fit(head, state_dict)
-    _load_state_dict(module, state_dict, *args, **kwargs)
 
 
 @HOOKS.register_module()
@@ -159,6 +142,3 @@ def label_problem(sample: DataSample, num_classes: int) -> str | None:
             f'num_classes={num_classes}: give one score for each class'
         )
     return None
-
-
-mmengine_checkpoint.load_state_dict = load_state_dict

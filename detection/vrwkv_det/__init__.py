@@ -8,9 +8,17 @@ from vrwkv.mmcv_ops import serve_mmcv_ops
 
 with explain_missing('vrwkv_det', extra='detection', brings=('mmdet', 'mmcv')):
     serve_mmcv_ops()
-    import vrwkv.engine  # noqa: F401 (safe checkpoint loading, onedl)
     from vrwkv.analysis import register_flop_handlers
+    from vrwkv.engine import patches
 
-    from . import datasets, models, precision  # noqa: F401
+    from . import datasets, models  # noqa: F401
 
+    patches.read_checkpoints_safely()
+    patches.find_packages_without_pkg_resources()
+    patches.skip_byte_order_marks()
+    patches.skip_byte_order_marks_in_coco()
+    patches.keep_scope_of_mmdet()
+    patches.check_images_of_mmdet()
+    patches.extract_regions_from_any_map()
+    patches.predict_in_float32()
     register_flop_handlers()

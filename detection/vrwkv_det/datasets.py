@@ -5,17 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 
-import pycocotools.coco
 from mmdet.datasets import CocoDataset
-from mmdet.models import DetDataPreprocessor
-from mmdet.registry import DATASETS, TRANSFORMS
+from mmdet.registry import DATASETS
 
-from vrwkv.engine.images import ImageChecks, check_bands, register_loader, size_of
-from vrwkv.engine.text import skip_byte_order_marks
-
-skip_byte_order_marks(pycocotools.coco)
-register_loader(TRANSFORMS)
-check_bands(DetDataPreprocessor)
+from vrwkv.engine.images import ImageChecks, size_of
 
 
 class _CheckedCOCO(CocoDataset.COCOAPI):

@@ -9,9 +9,14 @@ from vrwkv.mmcv_ops import serve_mmcv_ops
 # mmseg imports ftfy and regex without declaring them.
 with explain_missing('vrwkv_seg', extra='segmentation', brings=('mmseg', 'mmcv', 'ftfy', 'regex')):
     serve_mmcv_ops()
-    import vrwkv.engine  # noqa: F401 (safe checkpoint loading, onedl)
     from vrwkv.analysis import register_flop_handlers
+    from vrwkv.engine import patches
 
     from . import datasets, hooks, models  # noqa: F401
 
+    patches.read_checkpoints_safely()
+    patches.find_packages_without_pkg_resources()
+    patches.skip_byte_order_marks()
+    patches.keep_scope_of_mmseg()
+    patches.check_images_of_mmseg()
     register_flop_handlers()

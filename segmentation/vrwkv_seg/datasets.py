@@ -7,16 +7,12 @@ import numpy as np
 from mmcv.transforms import LoadAnnotations
 from mmengine import fileio
 from mmseg.datasets import ADE20KDataset, BaseSegDataset
-from mmseg.models import SegDataPreProcessor
-from mmseg.registry import DATASETS, TRANSFORMS
+from mmseg.registry import DATASETS
 
-from vrwkv.engine.images import ImageChecks, check_bands, register_loader, size_of
+from vrwkv.engine.images import ImageChecks, size_of
 
 # Default of mmseg's data sets, transforms, heads and metrics.
 IGNORE_INDEX = 255
-
-register_loader(TRANSFORMS)
-check_bands(SegDataPreProcessor)
 
 
 class CheckedLabels(ImageChecks):

@@ -1,11 +1,9 @@
 """A Runner that also works on several CPU processes, and resumes from the last whole checkpoint."""
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
 from mmengine.device import get_device
 from mmengine.logging import MMLogger
 from mmengine.model import is_model_wrapper, revert_sync_batchnorm
@@ -17,6 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .checkpoint import CheckpointError
+from .patches import without_cuda_set_device
 from .screen import QuietScreen
 
 _CHECKPOINT_NAME = re.compile(r'(?!best_).*_(\d+)\.pth')
@@ -50,7 +49,7 @@ class VRWKVRunner(Runner):
         """
         if self.distributed and get_device() == 'cpu':
             env_cfg.setdefault('dist_cfg', {})['backend'] = 'gloo'
-            with _no_cuda_set_device():
+            with without_cuda_set_device():
                 super().setup_env(env_cfg)
         else:
             super().setup_env(env_cfg)
@@ -326,14 +325,3 @@ def find_checkpoints(work_dir: str | Path) -> list[Path]:
             ]
             found += [path for _, _, path in sorted(others, reverse=True)]
     return list(dict.fromkeys(path for path in found if path.is_file()))
-
-
-@contextmanager
-def _no_cuda_set_device() -> Iterator[None]:
-    """Make ``torch.cuda.set_device``, which all of mmengine's launchers call, do nothing."""
-    original = torch.cuda.set_device
-    torch.cuda.set_device = lambda device: None
-    try:
-        yield
-    finally:
-        torch.cuda.set_device = original

@@ -5,9 +5,6 @@ from __future__ import annotations
 from io import TextIOBase
 from types import ModuleType
 
-import mmengine.config.config
-import mmengine.fileio.backends.local_backend
-
 
 def open_without_mark(
     file: str, mode: str = 'r', *args, encoding: str | None = None, **kwargs
@@ -29,7 +26,3 @@ def skip_byte_order_marks(*modules: ModuleType) -> None:
     """
     for module in modules:
         module.open = open_without_mark
-
-
-# Lists of classes and images, JSON and other annotations; configs.
-skip_byte_order_marks(mmengine.fileio.backends.local_backend, mmengine.config.config)
