@@ -1,6 +1,9 @@
-"""Running the demos."""
+"""Running the demos; small configs of the three tasks."""
+
+from pathlib import Path
 
 import pytest
+from mmengine.config import Config
 
 from vrwkv.engine import cli
 
@@ -33,3 +36,43 @@ def tool_calls(load_script, monkeypatch):
 
     monkeypatch.setattr(load_script('demo/demo_tools.py'), 'run_tool', run_tool)
     return calls
+
+
+@pytest.fixture(scope='session')
+def tiny_config():
+    """Read a config of a task, and make its model small; for images of 64 pixels or less."""
+    configs = Path(__file__).resolve().parents[2] / 'configs'
+
+    def tiny_config(task):
+        backbone = dict(embed_dims=24, depth=4, init_cfg=None)
+        adapter = dict(conv_inplane=8, interaction_indexes=None, norm_cfg=dict(type='BN'))
+        if task == 'classification':
+            cfg = Config.fromfile(configs / 'classification/vrwkv-nano_1xb64_digits.py')
+            cfg.model.backbone.update(backbone)
+            cfg.model.head.in_channels = 24
+        elif task == 'detection':
+            name = 'mask-rcnn_vrwkv-adapter-tiny_fpn_1x_coco.py'
+            cfg = Config.fromfile(configs / 'detection' / name)
+            cfg.model.backbone.update(backbone, **adapter)
+            cfg.model.neck.update(in_channels=4 * [24], out_channels=16)
+            cfg.model.rpn_head.update(in_channels=16, feat_channels=16)
+            for kind in ('bbox', 'mask'):
+                cfg.model.roi_head[f'{kind}_roi_extractor'].out_channels = 16
+                cfg.model.roi_head[f'{kind}_head'].update(in_channels=16, num_classes=2)
+            cfg.model.roi_head.bbox_head.fc_out_channels = 32
+            cfg.model.roi_head.mask_head.conv_out_channels = 16
+            resize = next(t for t in cfg.test_pipeline if t['type'] == 'Resize')
+            resize['scale'] = cfg.test_dataloader.dataset.pipeline[1]['scale'] = (64, 64)
+        else:
+            name = 'upernet_vrwkv-adapter-tiny_8xb2-160k_ade20k-512x512.py'
+            cfg = Config.fromfile(configs / 'segmentation' / name)
+            cfg.model.backbone.update(backbone, **adapter)
+            cfg.model.decode_head.update(in_channels=4 * [24], channels=16, num_classes=5)
+            cfg.model.auxiliary_head.update(in_channels=24, channels=8, num_classes=5)
+            cfg.model.data_preprocessor.size = (64, 64)
+            cfg.model.test_cfg = dict(mode='whole')
+            for pipeline in (cfg.test_pipeline, cfg.test_dataloader.dataset.pipeline):
+                next(t for t in pipeline if t['type'] == 'Resize')['scale'] = (64, 64)
+        return cfg
+
+    return tiny_config

@@ -1,14 +1,25 @@
 """Importing the tasks' packages: what they register, and errors for packages that do not fit."""
 
 import importlib
+import itertools
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
 
+import mmengine.config.config
+import mmengine.hub.hub
+import mmengine.utils
+import mmseg
+import numpy as np
 import pytest
+import torch
+from mmengine.registry import DefaultScope
 
 import vrwkv.backbones
 from vrwkv import mmcv_ops
 from vrwkv._imports import explain_missing
+from vrwkv.engine import patches
 
 
 @pytest.mark.parametrize(
@@ -116,3 +127,135 @@ def test_two_installed_builds_of_mmcv(monkeypatch):
         explain_missing('vrwkv_cls', 'classification', ('mmpretrain',)),
     ):
         pass
+
+
+# --- three tasks in one process -----------------------------------------------------------------
+
+IMAGE = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+TASKS = ('classification', 'detection', 'segmentation')
+
+
+@pytest.fixture(scope='module')
+def models(tiny_config):
+    """Functions that make a model by each library's two interfaces, and return its prediction."""
+    # Import our packages first, as users do.
+    for package in ('vrwkv_cls', 'vrwkv_det', 'vrwkv_seg'):
+        importlib.import_module(package)
+    from mmdet.apis import DetInferencer, inference_detector, init_detector
+    from mmpretrain import ImageClassificationInferencer, get_model
+    from mmseg.apis import MMSegInferencer, inference_model, init_model
+
+    cfgs = {task: tiny_config(task) for task in TASKS}
+
+    def functions(task):
+        cfg = cfgs[task].copy()
+        torch.manual_seed(0)
+        if task == 'classification':
+            model = get_model(cfg, device='cpu')
+            return lambda image: ImageClassificationInferencer(model)(image)[0]['pred_scores']
+        if task == 'detection':
+            model = init_detector(cfg, device='cpu')
+            return lambda image: inference_detector(model, image).pred_instances.scores
+        model = init_model(cfg, device='cpu')
+        return lambda image: inference_model(model, image).pred_sem_seg.data
+
+    def inferencers(task):
+        cfg = cfgs[task].copy()
+        torch.manual_seed(0)
+        if task == 'classification':
+            inferencer = ImageClassificationInferencer(cfg, False, 'cpu')
+            return lambda image: inferencer(image)[0]['pred_scores']
+        if task == 'detection':
+            inferencer = DetInferencer(cfg, device='cpu', show_progress=False)
+            return lambda image: inferencer(image, no_save_pred=True)['predictions'][0]['scores']
+        inferencer = MMSegInferencer(cfg, device='cpu')
+        return lambda image: inferencer(image)['predictions']
+
+    return functions, inferencers
+
+
+@pytest.fixture(scope='module')
+def alone(models):
+    """The prediction of each task where it is the only one."""
+    results = {}
+    for make, task in itertools.product(models, TASKS):
+        DefaultScope._instance_dict.clear()
+        results[make, task] = np.asarray(make(task)(IMAGE.copy()))
+    return results
+
+
+@pytest.mark.parametrize('order', list(itertools.permutations(TASKS)), ids='-'.join)
+def test_three_tasks_work_in_one_process_in_any_order(models, alone, order):
+    DefaultScope._instance_dict.clear()
+    predict = {(make, task): make(task) for make in models for task in order}
+    for key, function in predict.items():
+        np.testing.assert_array_equal(function(IMAGE.copy()), alone[key], str(key[1]))
+
+
+# A new environment has no pkg_resources; mmdet and mmcv.cnn may have been imported before us.
+WITHOUT_PKG_RESOURCES = """
+import contextlib, sys
+
+class Missing:
+    def find_spec(self, name, *_):
+        if name.partition('.')[0] == 'pkg_resources':
+            raise ModuleNotFoundError(f'No module named {name!r}', name=name)
+
+sys.meta_path.insert(0, Missing())
+import mmcv.cnn, mmdet, mmseg
+with contextlib.suppress(ImportError):  # mmcv-lite
+    import mmdet.apis
+with contextlib.suppress(ImportError):
+    import mmseg.apis
+import vrwkv_cls, vrwkv_det, vrwkv_seg
+import torch
+from mmdet.apis import DetInferencer
+from mmengine.config import Config
+from mmpretrain import get_model
+from mmseg.apis import MMSegInferencer
+from mmseg.models.decode_heads import point_head
+
+assert point_head.point_sample is not None
+image = torch.zeros(48, 64, 3, dtype=torch.uint8).numpy()
+get_model('vrwkv-tiny_8xb128_in1k')
+DetInferencer(sys.argv[1], device='cpu', show_progress=False)(image, no_save_pred=True)
+MMSegInferencer(sys.argv[2], device='cpu')(image)
+print('done')
+"""
+
+
+def test_no_pkg_resources_and_mmdet_imported_first(tiny_config, tmp_path):
+    paths = []
+    for task in ('detection', 'segmentation'):
+        paths.append(str(tmp_path / f'{task}.py'))
+        tiny_config(task).dump(paths[-1])
+    command = [sys.executable, '-W', 'ignore', '-c', WITHOUT_PKG_RESOURCES, *paths]
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert process.stdout.endswith('done\n')
+
+
+@pytest.mark.parametrize('onedl', [False, True])
+def test_mmengine_finds_packages(monkeypatch, onedl):
+    """By distribution or module; under onedl, no distribution has OpenMMLab's name."""
+    if onedl:
+        monkeypatch.setattr(patches, '_is_distribution', lambda name: False)
+    for package in ('mmsegmentation', 'mmseg'):
+        assert mmengine.utils.is_installed(package)
+        assert mmengine.utils.get_installed_path(package) == str(Path(mmseg.__file__).parent)
+    assert not mmengine.utils.is_installed('no-such-package')
+    with pytest.raises(PackageNotFoundError, match='no-such-package'):
+        mmengine.utils.get_installed_path('no-such-package')
+    for module in (mmengine.config.config, mmengine.hub.hub):
+        assert module.get_installed_path is patches.get_installed_path
+
+
+def test_each_replacement_is_made_once():
+    from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
+    from mmengine.runner import checkpoint
+
+    importlib.import_module('vrwkv_det')
+    before = SingleRoIExtractor.forward, checkpoint.load_state_dict
+    for package in ('vrwkv_cls', 'vrwkv_det', 'vrwkv_seg'):
+        importlib.reload(importlib.import_module(package))
+    assert (SingleRoIExtractor.forward, checkpoint.load_state_dict) == before
