@@ -1,5 +1,6 @@
 """Importing the tasks' packages: what they register, and errors for packages that do not fit."""
 
+import copy
 import importlib
 import itertools
 import subprocess
@@ -148,7 +149,7 @@ def models(tiny_config):
     cfgs = {task: tiny_config(task) for task in TASKS}
 
     def functions(task):
-        cfg = cfgs[task].copy()
+        cfg = copy.deepcopy(cfgs[task])
         torch.manual_seed(0)
         if task == 'classification':
             model = get_model(cfg, device='cpu')
@@ -160,7 +161,7 @@ def models(tiny_config):
         return lambda image: inference_model(model, image).pred_sem_seg.data
 
     def inferencers(task):
-        cfg = cfgs[task].copy()
+        cfg = copy.deepcopy(cfgs[task])
         torch.manual_seed(0)
         if task == 'classification':
             inferencer = ImageClassificationInferencer(cfg, False, 'cpu')
