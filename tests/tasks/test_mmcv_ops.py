@@ -252,20 +252,3 @@ def test_the_report_names_what_serves():
     assert f'torch {torch.__version__.partition("+")[0]}' in report
     served = 'compiled, ' if COMPILED else 'nms and RoIAlign are those of torchvision'
     assert f"mmcv's operators: {served}" in report
-
-
-def test_two_distributions_of_mmcv_are_refused(monkeypatch):
-    monkeypatch.setattr(sys, 'meta_path', [])
-    monkeypatch.setattr(mmcv_ops, 'installed', lambda: {'mmcv': '2.1.0', 'mmcv-lite': '2.1.0'})
-    with pytest.raises(ImportError, match=r'mmcv 2\.1\.0 and mmcv-lite 2\.1\.0 .*pip uninstall -y'):
-        mmcv_ops.serve_mmcv_ops()
-
-
-def test_an_mmcv_that_mmdet_refuses_is_explained():
-    from vrwkv._imports import explain_missing
-
-    with (
-        pytest.raises(ImportError, match=r'MMCV==2\.2\.0 is used .*pip install mmcv-lite==2\.1\.0'),
-        explain_missing('vrwkv_det', 'detection', ('mmdet',)),
-    ):
-        raise AssertionError('MMCV==2.2.0 is used but incompatible. Please install mmcv<2.2.0.')

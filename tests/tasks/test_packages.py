@@ -253,10 +253,20 @@ def test_mmengine_finds_packages(monkeypatch, onedl):
 
 def test_each_replacement_is_made_once():
     from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
-    from mmengine.runner import checkpoint
+    from mmengine.runner import CheckpointLoader, checkpoint
 
-    importlib.import_module('vrwkv_det')
-    before = SingleRoIExtractor.forward, checkpoint.load_state_dict
     for package in ('vrwkv_cls', 'vrwkv_det', 'vrwkv_seg'):
-        importlib.reload(importlib.import_module(package))
-    assert (SingleRoIExtractor.forward, checkpoint.load_state_dict) == before
+        importlib.import_module(package)
+
+    def state():
+        loaders = CheckpointLoader._schemes.copy()
+        return SingleRoIExtractor.forward, checkpoint.load_url, loaders
+
+    before = state()
+    for replace in (
+        patches.extract_regions_from_any_map,
+        patches.read_checkpoints_safely,
+        patches.predict_in_float32,
+    ):
+        replace()
+    assert state() == before
