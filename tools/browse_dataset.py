@@ -167,15 +167,15 @@ class Browser:
         if self.counts and self.classes:
             total = sum(self.counts.values())
             rows = [
-                [label, name, f'{self.counts[label]:,}', f'{self.counts[label] / total:.1%}']
+                [label, name, self.counts[label], f'{100 * self.counts[label] / total:.1f}']
                 for label, name in enumerate(self.classes)
             ]
-            others = total - sum(self.counts[label] for label in range(len(self.classes)))
+            others = total - sum(row[2] for row in rows)
             if others:
-                rows.append(['', 'ignored or outside', f'{others:,}', f'{others / total:.1%}'])
+                rows.append([None, 'ignored or outside', others, f'{100 * others / total:.1f}'])
             if len(rows) > 30:
-                rows = [*rows[:15], ['', '...', '', ''], *rows[-15:]]
-            lines += ['', markdown_table(['label', 'class', self.unit, 'share'], rows), '']
+                rows = [*rows[:15], [None, '...', None, None], *rows[-15:]]
+            lines += ['', markdown_table(['label', 'class', self.unit, '%'], rows), '']
         lines.append(f'{len(self.problems):,} problems' if self.problems else 'no problems')
         lines += [f'- {problem}' for problem in self.problems[:LISTED]]
         if len(self.problems) > LISTED:

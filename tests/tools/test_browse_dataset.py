@@ -103,10 +103,10 @@ def browse(load_script, repository, tmp_path, task, capsys):
 
 
 EXPECTED = dict(
-    classification=('|     0 | cup   |      1 | 33.3% |', '|     1 | jug   |      2 | 66.7% |'),
-    detection=('|     0 | cup   |       3 | 50.0% |', '|     1 | jug   |       3 | 50.0% |'),
+    classification=('|     0 | cup   |      1 | 33.3 |', '|     1 | jug   |      2 | 66.7 |'),
+    detection=('|     0 | cup   |       3 | 50.0 |', '|     1 | jug   |       3 | 50.0 |'),
     # 8 of 32 rows are of the second class; a corner is ignored.
-    segmentation=('3,453', '1,152', 'ignored or outside |      3'),
+    segmentation=('|   3453 | 74.9 |', '|   1152 | 25.0 |', 'ignored or outside |      3 |'),
 )
 
 
