@@ -273,12 +273,20 @@ def as_picture(image: torch.Tensor) -> np.ndarray:
 
 
 def paint(painter: object, image: np.ndarray, sample: object) -> np.ndarray:
-    """Draw boxes, masks or a label map over an image."""
+    """Draw boxes, masks or a label map over an image, in the size that they have.
+
+    Pipelines of validation load them after they resize the image.
+    """
     if 'gt_instances' in sample:
-        boxes = sample.gt_instances.bboxes
-        sample.gt_instances.bboxes = getattr(boxes, 'tensor', boxes)
-    elif 'gt_sem_seg' not in sample:
+        objects = sample.gt_instances
+        objects.bboxes = getattr(objects.bboxes, 'tensor', objects.bboxes)
+        masks = objects.get('masks')
+        size = sample.ori_shape[:2] if masks is None else (masks.height, masks.width)
+    elif 'gt_sem_seg' in sample:
+        size = sample.gt_sem_seg.shape[-2:]
+    else:
         return image
+    image = mmcv.imresize(image, tuple(size)[::-1])
     with TemporaryDirectory() as folder:
         path = f'{folder}/painted.png'
         painter.add_datasample('', image, sample, draw_gt=True, draw_pred=False, out_file=path)

@@ -131,7 +131,7 @@ def test_all_bands_as_they_are(scope, tmp_path):
         ('cmyk.tif', Image.fromarray(SMALL, 'CMYK')),
         ('cmyk.jpg', Image.fromarray(SMALL, 'CMYK')),
         ('palette.png', Image.fromarray(SMALL[..., 0], 'P')),
-        ('palette.gif', Image.fromarray(SMALL[..., 0], 'P')),
+        ('palette.gif', Image.fromarray(SMALL[..., :3])),
         ('bits.png', Image.fromarray(SMALL[..., 0] > 99)),
         ('bits.tif', Image.fromarray(SMALL[..., 0] > 99)),
     ],
