@@ -60,8 +60,9 @@ test-mmcv: install-mmcv test ## The same tests on compiled mmcv, which then stay
 matrix: install-lint ## Try Pythons, versions and flavours, and write the table in docs/install.md (an hour)
 	$(RUN) requirements/matrix.py
 
+# Two processes with one thread each are faster on two cores than one process with two threads.
 unit:
-	$(RUN) -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 lint: install-lint ## Check style and spelling
 	$(VENV)/bin/ruff check .
