@@ -222,7 +222,11 @@ def test_nan_shows_in_all_gradients_that_it_enters(backend, name, causal):
     inputs['wukv'.index(name)][(0, 10, 1) if name in 'kv' else 1] = math.nan
     results = run(backend, *inputs, causal)
     for which, got, expected in zip(NAMES, results, clean, strict=True):
-        assert torch.equal(got[..., [0, 2]], expected[..., [0, 2]])
+        others, clean_others = got[..., [0, 2]], expected[..., [0, 2]]
+        if 'cuda' in backend.name:  # the NaN sends its whole tile to the careful way
+            torch.testing.assert_close(others, clean_others, rtol=1e-4, atol=1e-5)
+        else:
+            assert torch.equal(others, clean_others)
         if which == 'gv' and name == 'v':  # v does not enter
             assert got.isfinite().all()
         elif which == 'y' and causal and name in 'kv':
