@@ -139,7 +139,7 @@ def as_list(results: Tensor | Sequence[Tensor]) -> list[Tensor]:
 
 
 def _moved(x, height, width, step, gamma, mode):
-    """A token shift as crops of a zero-padded image (paper section 3.2)."""
+    """A token shift as crops of a zero-padded image (paper section 3.3)."""
     image = x.unflatten(1, (height, width))
     padded = F.pad(image, (0, 0, step, step, step, step))
     left, right, above, below, here = (

@@ -8,7 +8,7 @@ namespace vrwkv_ops {
 constexpr int kMaxMixes = 3;
 
 // Channel group n ends before channel end[n]. Groups 0 to 3 take the token `step` to the left, to the right, above and below
-// (paper section 3.2). Group 4, the channels past the others, is not shifted.
+// (paper section 3.3). Group 4, the channels past the others, is not shifted.
 struct ShiftGeometry {
   int64_t height, width, step;
   int64_t end[4];

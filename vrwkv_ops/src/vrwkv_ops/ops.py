@@ -87,7 +87,7 @@ def bi_wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> 
 def q_shift(
     x: Tensor, resolution: tuple[int, int], shift_pixel: int = 1, channel_gamma: float = 1 / 4
 ) -> Tensor:
-    """Q-Shift, the four-way token shift of Vision-RWKV (paper section 3.2).
+    """Q-Shift, the four-way token shift of Vision-RWKV (paper section 3.3).
 
     Four channel groups take the token ``shift_pixel`` to the left, to the right, above and below;
     tokens outside the grid are zero. Group n covers the channels ``int(C * gamma * (n - 1))`` to
@@ -122,7 +122,7 @@ def token_shift(
 ) -> tuple[Tensor, ...]:
     """Mix tokens with shifted neighbours: ``x * mix + shift(x) * (1 - mix)`` for each mix.
 
-    One pass computes all results (paper section 3.2: the inputs of the key, value and receptance
+    One pass computes all results (paper section 3.3: the inputs of the key, value and receptance
     layers), and only ``x`` and the mixes are kept for the backward pass. Differentiable once
     in ``x`` and the mixes. Results are deterministic. Float16 and bfloat16 are mixed in float32.
 
