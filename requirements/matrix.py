@@ -120,8 +120,8 @@ def main():
         for combination in itertools.product(PYTHONS, VERSIONS, FLAVOURS):
             start = time.monotonic()
             rows.append(row(*combination, Path(folder)))
+            write_table(rows)  # after each row, so that an interrupted run leaves a table
             print(f'{time.monotonic() - start:.0f} s:', *rows[-1], sep=' | ', flush=True)
-    write_table(rows)
 
 
 if __name__ == '__main__':
