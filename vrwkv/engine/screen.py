@@ -17,7 +17,7 @@ _SHOWN = re.compile(
 #: Warnings of the libraries that are not.
 _NOISE = re.compile(
     r'deprecated|Failed to search registry|requires_grad=False|recommended to use'
-    r'|has no metainfo|init_weights|(save|resume)_param_scheduler'
+    r'|has no metainfo|init_weights|(save|resume)_param_scheduler|Resumed iteration number is'
 )
 _HERE = str(Path(__file__).parent)
 
