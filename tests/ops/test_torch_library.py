@@ -45,29 +45,33 @@ def schema_calls(name, inputs, mode):
         yield ops.sigmoid_gate_backward, (k, k, v)
 
 
-# Shapes and dtypes of results do not depend on the mode: it goes with the dtype.
+# Modes for the four dtypes: shapes and dtypes of results depend on one of the two at a time.
 MODES = {
     'bi_wkv': (False, True, False, True),
     'q_shift': (False, True, True, False),
     'token_shift': ('q_shift', 'double_shift', 'double_shift', 'single_shift'),
     'pointwise': (None,) * 4,
 }
-OPCHECKS = [
-    (name, mode, dtype)
-    for name, modes in MODES.items()
-    for mode, dtype in zip(modes, DTYPES, strict=True)
-]
 
 
-@on(
-    'name mode dtype',
-    OPCHECKS,
-    only=lambda backend: has_kernels(backend) and backend.name != 'pytorch',
-)
-def test_opcheck(backend, name, mode, dtype):
-    if not is_quick(backend) and dtype != torch.bfloat16:
-        return
-    for schema, args in schema_calls(name, make_inputs(backend.device, dtype), mode):
+def is_compiled(backend):
+    return has_kernels(backend) and is_quick(backend) and backend.name != 'pytorch'
+
+
+@on(only=is_compiled)
+@pytest.mark.parametrize('name', MODES)
+@pytest.mark.parametrize('index', range(4), ids=map(str, DTYPES))
+def test_opcheck(backend, name, index):
+    inputs = make_inputs(backend.device, DTYPES[index])
+    for schema, args in schema_calls(name, inputs, MODES[name][index]):
+        opcheck(schema.default, args)
+
+
+@on(only=lambda backend: not is_quick(backend))
+@pytest.mark.parametrize('name', MODES)
+def test_opcheck_in_the_interpreter(backend, name):
+    inputs = make_inputs(backend.device, torch.bfloat16, (1, 6, 4))
+    for schema, args in schema_calls(name, inputs, MODES[name][0]):
         opcheck(schema.default, args)
 
 
