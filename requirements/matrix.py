@@ -78,7 +78,7 @@ def install(python, versions, flavour, folder, wheels):
     problem = run(*uv, 'venv', '--python', python, folder) or run(*pip, *build)
     [torch] = [path.name for path in folder.glob('lib/python3*/site-packages/torch-*')] or ['none']
     wheel = wheels / torch
-    if not problem and not wheel.exists():
+    if not problem and not any(wheel.glob('*.whl')):
         line = [*uv, 'build', '--wheel', '--no-build-isolation', *here, '--out-dir', wheel]
         problem = run(*line, ROOT / 'vrwkv_ops')
     return problem or run(*pip, *wheel.glob('*.whl')) or run(*pip, *FLAVOURS[flavour])

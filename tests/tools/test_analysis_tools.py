@@ -501,7 +501,7 @@ def test_mmpretrains_cam_tool_understands_a_vrwkv(tool, monkeypatch):
         module = types.ModuleType(name)
         module.__dict__.update(content)
         monkeypatch.setitem(sys.modules, name, module)
-    cam = runpy.run_path(str(tool('vis_cam').find_tool()))
+    cam = tool('vis_cam').run_tool()
     arguments = types.SimpleNamespace(vit_like=True, num_extra_tokens=None)
     model = types.SimpleNamespace(backbone=VRWKV(embed_dims=8, depth=2))
     assert cam['get_default_target_layers'](model, arguments) == [model.backbone.ln1]

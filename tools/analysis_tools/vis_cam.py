@@ -11,6 +11,7 @@ import importlib
 import importlib.metadata
 import runpy
 import sys
+import types
 from pathlib import Path
 
 import mmpretrain
@@ -30,6 +31,20 @@ def find_tool() -> Path:
     if not tool.is_file():
         raise FileNotFoundError(f'mmpretrain {mmpretrain.__version__} does not contain {tool}')
     return tool
+
+
+def run_tool(run_name: str | None = None) -> dict:
+    """Run mmpretrain's tool and return its names.
+
+    It asks pkg_resources, which setuptools 81 dropped, for the version of grad-cam.
+    """
+    try:
+        importlib.import_module('pkg_resources')
+    except ModuleNotFoundError:
+        stand_in = types.ModuleType('pkg_resources')
+        stand_in.get_distribution = importlib.metadata.distribution
+        sys.modules['pkg_resources'] = stand_in
+    return runpy.run_path(str(find_tool()), run_name=run_name)
 
 
 def show_in_colour() -> None:
@@ -61,12 +76,11 @@ def main() -> None:
             f": pip install --no-deps '{REQUIREMENT}' ttach (its other dependencies are there)"
         )
     try:
-        tool = str(find_tool())
+        sys.argv[0] = str(find_tool())
     except FileNotFoundError as error:
         sys.exit(f'Error: {error}')
     show_in_colour()
-    sys.argv[0] = tool
-    runpy.run_path(tool, run_name='__main__')
+    run_tool('__main__')
 
 
 if __name__ == '__main__':
