@@ -23,6 +23,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.dataset import pseudo_collate
 from mmengine.logging import MMLogger
 from mmengine.registry import DATASETS, HOOKS, VISUALIZERS, DefaultScope
+from mmengine.structures import PixelData
 from mmengine.utils import track_iter_progress
 from torch import nn
 from torch.utils.data import Dataset
@@ -204,7 +205,8 @@ class Browser:
                 if 'gt_label' in sample:
                     labels = sample.gt_label.flatten().tolist()
                     title += ': ' + ', '.join(map(self._name, labels))
-                axis.imshow(paint(painter, image, sample), interpolation='nearest')
+                painted = paint(painter, image, sample, self.split == 'train')
+                axis.imshow(painted, interpolation='nearest')
                 axis.set_title(title, fontsize=8)
 
     def _name(self, label: int) -> str:
@@ -272,21 +274,45 @@ def as_picture(image: torch.Tensor) -> np.ndarray:
     return np.ascontiguousarray(image)
 
 
-def paint(painter: object, image: np.ndarray, sample: object) -> np.ndarray:
-    """Draw boxes, masks or a label map over an image, in the size that they have.
+def paint(
+    painter: object, image: np.ndarray, sample: object, training: bool, side: int = 384
+) -> np.ndarray:
+    """Draw boxes, masks or a label map over an image.
 
-    Pipelines of validation load them after they resize the image.
+    Args:
+        painter: The library's visualizer.
+        image: Of shape (height, width, 3).
+        sample: The sample.
+        training: Whether boxes are in the size of the image. Pipelines of validation load boxes,
+            masks and label maps after they resize the image, so these are in the size of the file.
+        side: Small images are enlarged to about this many pixels, so that names are legible.
+
+    Returns:
+        The picture, of shape (height, width, 3).
     """
     if 'gt_instances' in sample:
         objects = sample.gt_instances
-        objects.bboxes = getattr(objects.bboxes, 'tensor', objects.bboxes)
         masks = objects.get('masks')
-        size = sample.ori_shape[:2] if masks is None else (masks.height, masks.width)
+        height, width = image.shape[:2] if training else sample.ori_shape[:2]
+        if masks is not None:
+            height, width = masks.height, masks.width
     elif 'gt_sem_seg' in sample:
-        size = sample.gt_sem_seg.shape[-2:]
+        height, width = sample.gt_sem_seg.shape[-2:]
     else:
         return image
-    image = mmcv.imresize(image, tuple(size)[::-1])
+    factor = max(1, side // max(height, width))
+    size = factor * height, factor * width
+    image = mmcv.imresize(image, size[::-1], interpolation='nearest')
+    sample = sample.clone()
+    if 'gt_instances' in sample:
+        boxes = objects.bboxes
+        sample.gt_instances.bboxes = factor * getattr(boxes, 'tensor', boxes)
+        if masks is not None:
+            sample.gt_instances.masks = masks.resize(size)
+    else:
+        labels = sample.gt_sem_seg.data
+        labels = labels.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
+        sample.gt_sem_seg = PixelData(data=labels)
     with TemporaryDirectory() as folder:
         path = f'{folder}/painted.png'
         painter.add_datasample('', image, sample, draw_gt=True, draw_pred=False, out_file=path)
