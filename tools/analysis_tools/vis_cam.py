@@ -12,6 +12,7 @@ import importlib.metadata
 import runpy
 import sys
 import types
+import unittest.mock
 from pathlib import Path
 
 import mmpretrain
@@ -38,13 +39,10 @@ def run_tool(run_name: str | None = None) -> dict:
 
     It asks pkg_resources, which setuptools 81 dropped, for the version of grad-cam.
     """
-    try:
-        importlib.import_module('pkg_resources')
-    except ModuleNotFoundError:
-        stand_in = types.ModuleType('pkg_resources')
-        stand_in.get_distribution = importlib.metadata.distribution
-        sys.modules['pkg_resources'] = stand_in
-    return runpy.run_path(str(find_tool()), run_name=run_name)
+    stand_in = types.ModuleType('pkg_resources')
+    stand_in.get_distribution = importlib.metadata.distribution
+    with unittest.mock.patch.dict(sys.modules, pkg_resources=stand_in):
+        return runpy.run_path(str(find_tool()), run_name=run_name)
 
 
 def show_in_colour() -> None:
