@@ -27,9 +27,17 @@ TORCH_LIBRARY(vrwkv_emulated, m) {
   m.def("take_counts", take_counts);
   m.def("bi_wkv_forward", vrwkv_cuda::bi_wkv_forward);
   m.def("bi_wkv_backward", vrwkv_cuda::bi_wkv_backward);
-  m.def("q_shift", vrwkv_cuda::q_shift);
-  m.def("token_shift", vrwkv_cuda::token_shift);
-  m.def("token_shift_backward", vrwkv_cuda::token_shift_backward);
+  // The dispatcher leaves out arguments that have their default value.
+  m.def("q_shift(Tensor x, int height, int width, int shift_pixel, float channel_gamma, bool reverse, int heads=1) -> Tensor",
+        vrwkv_cuda::q_shift);
+  m.def(
+      "token_shift(Tensor x, Tensor mixes, int height, int width, int shift_pixel, float channel_gamma, str mode, "
+      "int heads=1) -> Tensor[]",
+      vrwkv_cuda::token_shift);
+  m.def(
+      "token_shift_backward(Tensor[] grads, Tensor x, Tensor mixes, int height, int width, int shift_pixel, "
+      "float channel_gamma, str mode, int heads=1) -> (Tensor, Tensor)",
+      vrwkv_cuda::token_shift_backward);
   m.def("squared_relu", vrwkv_cuda::squared_relu);
   m.def("squared_relu_backward", vrwkv_cuda::squared_relu_backward);
   m.def("sigmoid_gate", vrwkv_cuda::sigmoid_gate);

@@ -6,7 +6,7 @@ import torch
 from vrwkv_ops import token_shift
 
 from .backends import on
-from .operators import DTYPES, HALF, OPERATORS
+from .operators import DTYPES, HALF, OPERATORS, Call
 
 
 @on()
@@ -46,6 +46,30 @@ def test_groups_of_uneven_size(backend, channels, gamma, bounds):
     stays = torch.ones(channels)
     stays[: bounds[4]] = 0
     assert torch.equal(y[0, 4], stays)
+
+
+HEADS = {'4': ((1, 6, 8), 2), '5': ((1, 6, 15), 3), '16': ((2, 6, 80), 5), '64': ((2, 6, 192), 3)}
+
+
+@on('shape heads', HEADS)
+def test_groups_repeat_in_each_head(backend, shape, heads):
+    """As if each head were shifted alone; PyTorch sums other widths in another order."""
+    for name in ('q_shift', 'token_shift', 'double_shift', 'single_shift'):
+        options = dict(resolution=(2, 3), shift_pixel=1)
+        call = OPERATORS[name].make(shape, device=backend.device, **options)
+        parts = [
+            Call(
+                call.operator,
+                {key: x.chunk(heads, -1)[n] for key, x in call.inputs.items()},
+                [grad.chunk(heads, -1)[n] for grad in call.grads],
+                call.options,
+            ).run(backend)
+            for n in range(heads)
+        ]
+        call.options = {**call.options, 'heads': heads}
+        for result, got, *expected in zip(call.names(), call.run(backend), *parts, strict=True):
+            bar = 1e-5 if result == 'gmixes' else 0
+            torch.testing.assert_close(got, torch.cat(expected, -1), rtol=bar, atol=bar)
 
 
 @on('tokens grid', [(h * w, (h, w)) for h, w in ((1, 1), (1, 7), (7, 1), (3, 5), (8, 8))])

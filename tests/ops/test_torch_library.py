@@ -32,10 +32,10 @@ def schema_calls(name, inputs, mode):
         yield ops.bi_wkv_forward, (*detached, mode, False)
         yield ops.bi_wkv_backward, (torch.randn_like(k), *detached, *saved, mode)
     elif name == 'q_shift':
-        yield ops.q_shift, (inputs[2], 2, 3, 1, 0.25, mode)
+        yield ops.q_shift, (inputs[2], 2, 3, 1, 0.25, mode, 1 + mode)
     elif name == 'token_shift':
         mixes = torch.stack([w, u])
-        grid = (*((2, 3) if mode == 'q_shift' else (1, 6)), 1, 0.25, mode)
+        grid = (2, 3, 1, 0.25, mode, 2) if mode == 'q_shift' else (1, 6, 1, 0.25, mode)
         yield ops.token_shift, (inputs[2], mixes.clone().requires_grad_(), *grid)
         yield ops.token_shift_backward, ([k, v], k, mixes, *grid)
     else:

@@ -115,7 +115,7 @@ SHORT = dict(CAUSAL=True, BLOCK_T=256, BLOCK_C=4)
 JOIN = dict(BLOCK_T=64, BLOCK_N=128, BLOCK_C=4)
 # Triton makes constants of integers that are 1.
 ONE_TILE = dict(T=1, C=1, tiles=1, CAUSAL=False, BLOCK_T=1, BLOCK_C=64)
-ONE_BLOCK = dict(T=1, C=1, blocks=1, height=1, width=1, step=1, pieces=1, **shift._BLOCKS)
+ONE_BLOCK = dict(T=1, C=1, blocks=1, height=1, width=1, step=1, head=1, pieces=1, **shift._BLOCKS)
 FLAT = dict(ACC=tl.float32, BLOCK=pointwise._BLOCK)
 KERNELS = [
     (bi_wkv.wkv_own_states, BOTH),

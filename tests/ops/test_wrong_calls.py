@@ -92,6 +92,10 @@ WRONG_SHIFT = {
     'gamma nan': (shift(channel_gamma=float('nan')), ValueError, "'channel_gamma'.*nan"),
     'gamma a string': (shift(channel_gamma='1/4'), TypeError, "'channel_gamma'.*float.*str"),
     'few channels': (shift(x=torch.zeros(2, 6, 3)), ValueError, 'C = 3 channels, too few.*C >= 4'),
+    'heads that do not divide': (shift(heads=3), ValueError, "'heads'.*divide the C = 8.*got 3"),
+    'no heads': (shift(heads=0), ValueError, "'heads' must be at least 1.*got 0"),
+    'heads a float': (shift(heads=2.0), TypeError, "'heads' must be an int, got float"),
+    'small heads': (shift(heads=4), ValueError, 'C = 2 channels in each of 4 heads, too few'),
     'few for gamma': (
         shift(x=torch.zeros(2, 6, 8), channel_gamma=0.1),
         ValueError,
@@ -235,6 +239,8 @@ def test_kernels_guard_direct_calls(backend):
         (k, w[None], 2, 3, 1, 0.5, 'q_shift'),
         (k, w[None], 2, 3, 1, 0.25, 'other'),
         (k, w[None], 2, 3, 1, 0.25, 'double_shift'),
+        (k, w[None], *grid, 3),
+        (k, w[None], *grid, 0),
     ):
         with pytest.raises(RuntimeError):
             ops.token_shift(x, mixes, *args)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers import ResidualLayer
-from ..layers._checks import check_int
+from ..layers._checks import check_heads, check_int
 from ._plain import PlainBackbone
 
 # As in DeiT and mmpretrain.
@@ -172,10 +172,8 @@ class ViT(PlainBackbone):
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
         check_int('depth', depth, 1)
-        check_int('num_heads', num_heads, 1)
         check_int('window_size', window_size, 1)
-        if embed_dims % num_heads:
-            raise ValueError(f'num_heads must divide embed_dims={embed_dims}, got {num_heads}')
+        check_heads(embed_dims, num_heads)
         if not set(window_block_indexes) <= set(range(depth)):
             raise ValueError(
                 f'window_block_indexes must lie in [0, {depth - 1}] for depth={depth}, got '

@@ -73,6 +73,22 @@ def check_rate(name: str, value: object) -> None:
         raise ValueError(f'{name} must lie in [0, 1], got {value}')
 
 
+def check_heads(embed_dims: int, num_heads: object) -> None:
+    """Require a number of heads that divides the channels.
+
+    Args:
+        embed_dims: Channels of a token.
+        num_heads: Number of heads.
+
+    Raises:
+        TypeError: If ``num_heads`` is not an integer.
+        ValueError: If it is smaller than 1 or does not divide ``embed_dims``.
+    """
+    check_int('num_heads', num_heads, 1)
+    if embed_dims % num_heads:
+        raise ValueError(f'num_heads must divide embed_dims={embed_dims}, got {num_heads}')
+
+
 def check_channel_gamma(channel_gamma: object, embed_dims: int) -> None:
     """Require a fraction with which each group of a token shift has at least one channel.
 

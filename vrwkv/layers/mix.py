@@ -15,7 +15,7 @@ from .token_shift import TokenShift
 INIT_MODES = ('fancy', 'local', 'global')
 
 
-class _Mix(nn.Module):
+class BaseMix(nn.Module):
     """The base of both sub-layers: the token shift, its mixes and their initial values.
 
     Args:
@@ -28,6 +28,7 @@ class _Mix(nn.Module):
         channel_gamma: Fraction of the channels in each group of the shift.
         init_mode: Initial values of decay, bonus and mixes: ``'fancy'``, spread over layers and
             channels; ``'local'``, all ones; ``'global'``, no decay and no bonus, even mixes.
+        num_heads: Heads of the shift, for VRWKV6.
 
     Raises:
         TypeError: If an argument of the shift has a wrong type.
@@ -44,6 +45,7 @@ class _Mix(nn.Module):
         shift_pixel: int = 1,
         channel_gamma: float | None = 1 / 4,
         init_mode: str = 'fancy',
+        num_heads: int | None = None,
     ) -> None:
         super().__init__()
         check_choice('init_mode', init_mode, INIT_MODES)
@@ -51,7 +53,7 @@ class _Mix(nn.Module):
         # Layer l of L: its relative height l / (L - 1), and 1 - l / L, the rest of the stack.
         self.height = layer_id / max(depth - 1, 1)
         self.remainder = 1 - layer_id / depth
-        self.shift = TokenShift(embed_dims, shift_mode, shift_pixel, channel_gamma)
+        self.shift = TokenShift(embed_dims, shift_mode, shift_pixel, channel_gamma, num_heads)
         for name in mixes:
             mix = nn.Parameter(torch.empty(1, 1, embed_dims)) if self.shift.enabled else None
             self.register_parameter(name, mix)
@@ -72,7 +74,7 @@ class _Mix(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
 
 
-class SpatialMix(_Mix):
+class SpatialMix(BaseMix):
     """Attention in linear time: token shift, Bi-WKV, gate (paper, equations 1, 2 and 5).
 
     ``output(sigmoid(receptance(x_r)) * norm(bi_wkv(key(x_k), value(x_v))))``. The decay and the
@@ -160,7 +162,7 @@ class SpatialMix(_Mix):
         return self.output(sigmoid_gate(self.receptance(xr), y))
 
 
-class ChannelMix(_Mix):
+class ChannelMix(BaseMix):
     """Feed-forward network with token shift and gate (paper, equations 3 and 4).
 
     ``sigmoid(receptance(x_r)) * value(norm(relu(key(x_k)) ** 2))``.
@@ -171,7 +173,8 @@ class ChannelMix(_Mix):
         layer_id: Index of this layer in the stack, from 0.
         hidden_rate: Hidden channels per channel.
         key_norm: Whether to normalise the hidden channels.
-        **kwargs: The shift and the initial values, see :class:`SpatialMix`.
+        **kwargs: The shift and the initial values, see :class:`SpatialMix`; for VRWKV6
+            ``num_heads``, see :class:`TokenShift`.
 
     Raises:
         TypeError: If ``hidden_rate`` is not a number or an argument of the shift has a wrong type.

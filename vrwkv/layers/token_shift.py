@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from vrwkv_ops import token_shift
 from vrwkv_ops.checks import SHIFT_MODES as SHIFTS
 
-from ._checks import check_channel_gamma, check_choice, check_int
+from ._checks import check_channel_gamma, check_choice, check_heads, check_int
 
 SHIFT_MODES = ('none', *SHIFTS)
 
@@ -26,13 +26,17 @@ class TokenShift(nn.Module):
             of Q-Shift, which replaces it in fine-tuning (section 4.4 of `the paper
             <https://arxiv.org/abs/2403.02308>`_, "MAE Pre-training"). ``'none'``: no shift.
         shift_pixel: Distance to the neighbour in tokens. 0 means no shift.
-        channel_gamma: Fraction of the channels in each group of a Q-Shift or double shift.
+        channel_gamma: Fraction of a head's channels in each group of a Q-Shift or double shift.
+        num_heads: Equal runs of channels, each with its own groups, for VRWKV6; None for one. The
+            layers of VRWKV6 have mixes without a shift, too: with heads, a distance of 0 is a shift
+            to the token itself.
 
     Raises:
-        TypeError: If ``shift_pixel`` is not an integer, or if ``channel_gamma`` is used and is not
-            a number.
+        TypeError: If ``shift_pixel`` or ``num_heads`` is not an integer, or if ``channel_gamma`` is
+            used and is not a number.
         ValueError: If ``shift_mode`` is unknown, ``shift_pixel`` negative, ``channel_gamma``
-            outside (0, 1/4], or ``embed_dims`` too small for groups of a channel.
+            outside (0, 1/4], ``embed_dims`` not a multiple of ``num_heads``, or a head too small
+            for groups of a channel.
     """
 
     def __init__(
@@ -41,15 +45,18 @@ class TokenShift(nn.Module):
         shift_mode: str = 'q_shift',
         shift_pixel: int = 1,
         channel_gamma: float | None = 1 / 4,
+        num_heads: int | None = None,
     ) -> None:
         super().__init__()
         check_choice('shift_mode', shift_mode, SHIFT_MODES)
         check_int('shift_pixel', shift_pixel, 0)
-        self.shift_mode = shift_mode if shift_pixel else 'none'
+        self.shift_mode = shift_mode if shift_pixel or num_heads else 'none'
         self.shift_pixel = shift_pixel
         self.channel_gamma = channel_gamma
+        self.num_heads = 1 if num_heads is None else num_heads
+        check_heads(embed_dims, self.num_heads)
         if self.shift_mode in ('q_shift', 'double_shift'):
-            check_channel_gamma(channel_gamma, embed_dims)
+            check_channel_gamma(channel_gamma, embed_dims // self.num_heads)
 
     @property
     def enabled(self) -> bool:
@@ -80,12 +87,18 @@ class TokenShift(nn.Module):
                 "None. For tokens without a grid use shift_mode='double_shift' or 'single_shift'"
             )
         return token_shift(
-            x, mixes, resolution, self.shift_pixel, self.channel_gamma, self.shift_mode
+            x,
+            mixes,
+            resolution,
+            self.shift_pixel,
+            self.channel_gamma,
+            self.shift_mode,
+            self.num_heads,
         )
 
     def extra_repr(self) -> str:
         """Return the part of the module's printed form that shows the shift."""
         return (
             f'shift_mode={self.shift_mode!r}, shift_pixel={self.shift_pixel}, '
-            f'channel_gamma={self.channel_gamma}'
+            f'channel_gamma={self.channel_gamma}, num_heads={self.num_heads}'
         )

@@ -5,6 +5,7 @@
 #include "../operators.h"
 #include "cpu_kernels.h"
 #include "host.h"
+#include "token_shift.h"
 
 namespace vrwkv_cpu {
 namespace {
@@ -43,9 +44,9 @@ void copy(scalar_t* to, const scalar_t* from, int64_t stride, int64_t count) {
 }  // namespace
 
 // Copies four groups of channels from neighbours, and the last channels from the token itself.
-at::Tensor q_shift(const at::Tensor& x, int64_t height, int64_t width, int64_t shift_pixel, double channel_gamma,
-                   bool reverse) {
-  const auto geometry = make_geometry(x, height, width, shift_pixel, channel_gamma, "q_shift");
+at::Tensor q_shift(const at::Tensor& x, int64_t height, int64_t width, int64_t shift_pixel, double channel_gamma, bool reverse,
+                   int64_t heads) {
+  const auto geometry = make_geometry(x, height, width, shift_pixel, channel_gamma, "q_shift", heads);
   at::Tensor out = at::empty(x.sizes(), x.options());
   if (x.numel() == 0) return out;
   const int64_t channels = x.size(2), tokens = x.size(1);
@@ -56,16 +57,14 @@ at::Tensor q_shift(const at::Tensor& x, int64_t height, int64_t width, int64_t s
       for (int64_t i = begin; i < end; ++i) {
         const int64_t b = i / tokens, t = i % tokens;
         scalar_t* token = to + i * channels;
-        int64_t first = 0;
-        for (int group = 0; group < 5; ++group) {
-          const int64_t last = group < 4 ? geometry.end[group] : channels, source = geometry.neighbour(t, group, reverse);
-          if (source < 0) {
+        const auto sources = geometry.neighbours(t, reverse);
+        vrwkv::for_each_group(geometry, channels, [&](int group, int64_t first, int64_t last) {
+          if (sources.at[group] < 0) {
             std::fill(token + first, token + last, scalar_t(0));
           } else {
-            copy(token + first, from.row(b, source, first), from.channel_stride, last - first);
+            copy(token + first, from.row(b, sources.at[group], first), from.channel_stride, last - first);
           }
-          first = last;
-        }
+        });
       }
     });
   });
@@ -73,14 +72,14 @@ at::Tensor q_shift(const at::Tensor& x, int64_t height, int64_t width, int64_t s
 }
 
 std::vector<at::Tensor> token_shift(const at::Tensor& x, const at::Tensor& mixes, int64_t height, int64_t width,
-                                    int64_t shift_pixel, double channel_gamma, c10::string_view mode) {
-  return vrwkv_ops::token_shift<CpuBackend>(x, mixes, make_geometry(x, height, width, shift_pixel, channel_gamma, mode));
+                                    int64_t shift_pixel, double channel_gamma, c10::string_view mode, int64_t heads) {
+  return vrwkv_ops::token_shift<CpuBackend>(x, mixes, make_geometry(x, height, width, shift_pixel, channel_gamma, mode, heads));
 }
 
 std::tuple<at::Tensor, at::Tensor> token_shift_backward(at::TensorList grads, const at::Tensor& x, const at::Tensor& mixes,
                                                         int64_t height, int64_t width, int64_t shift_pixel,
-                                                        double channel_gamma, c10::string_view mode) {
-  const auto geometry = make_geometry(x, height, width, shift_pixel, channel_gamma, mode);
+                                                        double channel_gamma, c10::string_view mode, int64_t heads) {
+  const auto geometry = make_geometry(x, height, width, shift_pixel, channel_gamma, mode, heads);
   return vrwkv_ops::token_shift_backward<CpuBackend>(grads, x, mixes, geometry);
 }
 

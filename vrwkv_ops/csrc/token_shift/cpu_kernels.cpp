@@ -24,13 +24,12 @@ template <typename P, typename Body>
 VRWKV_FN void for_each_block(const P& p, int64_t first_row, int64_t last_row, bool contiguous, const Body& body) {
   for (int64_t row = first_row; row < last_row; ++row) {
     const int64_t b = row / p.geometry.tokens(), t = row % p.geometry.tokens();
-    int64_t c = 0;
-    for (int group = 0; group < 5; ++group) {
-      const int64_t end = group < 4 ? p.geometry.end[group] : p.channels;
-      const int64_t from = p.geometry.neighbour(t, group, false), to = p.geometry.neighbour(t, group, true);
-      for (; contiguous && c + kShiftLanes <= end; c += kShiftLanes) body(b, t, from, to, c, Lanes<kShiftLanes>());
-      for (; c < end; ++c) body(b, t, from, to, c, Lanes<1>());
-    }
+    const auto from = p.geometry.neighbours(t, false), to = p.geometry.neighbours(t, true);
+    for_each_group(p.geometry, p.channels, [&](int group, int64_t c, int64_t end) VRWKV_INLINE_LAMBDA {
+      for (; contiguous && c + kShiftLanes <= end; c += kShiftLanes)
+        body(b, t, from.at[group], to.at[group], c, Lanes<kShiftLanes>());
+      for (; c < end; ++c) body(b, t, from.at[group], to.at[group], c, Lanes<1>());
+    });
   }
 }
 

@@ -88,7 +88,7 @@ bool is_packed(const View<scalar_t>& x) {
 template <typename P>
 bool is_packed(const P& p) {
   constexpr int kLanes = kPackLanes<typename P::scalar_type>;
-  bool whole = p.channels % kLanes == 0 && is_packed(p.x) && is_aligned(p.mixes, kLanes * sizeof(*p.mixes));
+  bool whole = p.geometry.head % kLanes == 0 && is_packed(p.x) && is_aligned(p.mixes, kLanes * sizeof(*p.mixes));
   for (const int64_t end : p.geometry.end) whole = whole && end % kLanes == 0;
   return whole;
 }
@@ -129,10 +129,10 @@ struct CudaBackend {
 
 }  // namespace
 
-at::Tensor q_shift(const at::Tensor& x, int64_t height, int64_t width, int64_t shift_pixel, double channel_gamma,
-                   bool reverse) {
+at::Tensor q_shift(const at::Tensor& x, int64_t height, int64_t width, int64_t shift_pixel, double channel_gamma, bool reverse,
+                   int64_t heads) {
   const c10::cuda::CUDAGuard guard(x.device());
-  const ShiftGeometry geometry = make_geometry(x, height, width, shift_pixel, channel_gamma, "q_shift");
+  const ShiftGeometry geometry = make_geometry(x, height, width, shift_pixel, channel_gamma, "q_shift", heads);
   const at::Tensor out = at::empty(x.sizes(), x.options());
   if (x.numel() == 0) return out;
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "q_shift", [&] {
@@ -144,16 +144,17 @@ at::Tensor q_shift(const at::Tensor& x, int64_t height, int64_t width, int64_t s
 }
 
 std::vector<at::Tensor> token_shift(const at::Tensor& x, const at::Tensor& mixes, int64_t height, int64_t width,
-                                    int64_t shift_pixel, double channel_gamma, c10::string_view mode) {
+                                    int64_t shift_pixel, double channel_gamma, c10::string_view mode, int64_t heads) {
   const c10::cuda::CUDAGuard guard(x.device());
-  return vrwkv_ops::token_shift<CudaBackend>(x, mixes, make_geometry(x, height, width, shift_pixel, channel_gamma, mode));
+  return vrwkv_ops::token_shift<CudaBackend>(x, mixes,
+                                             make_geometry(x, height, width, shift_pixel, channel_gamma, mode, heads));
 }
 
 std::tuple<at::Tensor, at::Tensor> token_shift_backward(at::TensorList grads, const at::Tensor& x, const at::Tensor& mixes,
                                                         int64_t height, int64_t width, int64_t shift_pixel,
-                                                        double channel_gamma, c10::string_view mode) {
+                                                        double channel_gamma, c10::string_view mode, int64_t heads) {
   const c10::cuda::CUDAGuard guard(x.device());
-  const ShiftGeometry geometry = make_geometry(x, height, width, shift_pixel, channel_gamma, mode);
+  const ShiftGeometry geometry = make_geometry(x, height, width, shift_pixel, channel_gamma, mode, heads);
   return vrwkv_ops::token_shift_backward<CudaBackend>(grads, x, mixes, geometry);
 }
 

@@ -16,16 +16,18 @@
 namespace vrwkv_ops {
 
 inline ShiftGeometry make_geometry(const at::Tensor& x, int64_t height, int64_t width, int64_t shift_pixel,
-                                   double channel_gamma, c10::string_view mode) {
+                                   double channel_gamma, c10::string_view mode, int64_t heads) {
   TORCH_CHECK(x.dim() == 3 && height >= 0 && width >= 0 && x.size(1) == height * width,
               "token shift: expected x of shape (B, height * width, C) with a grid of ", height, " x ", width, ", got ",
               x.sizes());
   TORCH_CHECK(shift_pixel >= 0, "token shift: expected shift_pixel >= 0, got ", shift_pixel);
   TORCH_CHECK(channel_gamma >= 0 && channel_gamma <= 0.25, "token shift: expected channel_gamma in [0, 1/4], got ",
               channel_gamma);
+  TORCH_CHECK(heads >= 1 && x.size(2) % heads == 0, "token shift: expected heads that divide the ", x.size(2),
+              " channels, got ", heads);
+  const int64_t channels = x.size(2) / heads;
   // All steps beyond the grid give the same result, and small ones cannot overflow.
-  ShiftGeometry geometry{height, width, std::min(shift_pixel, std::max(height, width)), {}};
-  const int64_t channels = x.size(2);
+  ShiftGeometry geometry{height, width, std::min(shift_pixel, std::max(height, width)), channels, {}};
   for (int n = 0; n < 4; ++n) geometry.end[n] = static_cast<int64_t>(std::floor(channels * channel_gamma * (n + 1)));
   if (mode == "single_shift") {
     std::fill_n(geometry.end, 4, channels);

@@ -5,16 +5,20 @@
 
 namespace vrwkv_ops {
 
-constexpr int kMaxMixes = 3;
+constexpr int kMaxMixes = 3, kGroups = 5;
 
-// Channel group n ends before channel end[n]. Groups 0 to 3 take the token `step` to the left, to the right, above and below
-// (paper section 3.3). Group 4, the channels past the others, is not shifted.
+// In each head of `head` channels, group n ends before channel end[n]. Groups 0 to 3 take the token `step` to the left, to the
+// right, above and below (paper section 3.3). Group 4, the channels past the others, is not shifted.
 struct ShiftGeometry {
   int64_t height, width, step;
+  int64_t head;
   int64_t end[4];
 
   VRWKV_FN int64_t tokens() const { return height * width; }
-  VRWKV_FN int group(int64_t c) const { return (c >= end[0]) + (c >= end[1]) + (c >= end[2]) + (c >= end[3]); }
+  VRWKV_FN int group(int64_t c) const {
+    c %= head;
+    return (c >= end[0]) + (c >= end[1]) + (c >= end[2]) + (c >= end[3]);
+  }
   // Returns the token that token t takes from, or that it gives to if `reverse`; -1 if that is outside the grid.
   VRWKV_FN int64_t neighbour(int64_t t, int group, bool reverse) const {
     if (group == 4) return t;
@@ -22,6 +26,15 @@ struct ShiftGeometry {
     const int64_t by = (group % 2 == 0) == reverse ? step : -step;
     const int64_t place = (vertical ? t / width : t % width) + by;
     return place >= 0 && place < (vertical ? height : width) ? t + by * (vertical ? width : 1) : -1;
+  }
+  struct Neighbours {
+    int64_t at[kGroups];
+  };
+  // Returns neighbour() of all groups.
+  VRWKV_FN Neighbours neighbours(int64_t t, bool reverse) const {
+    Neighbours result;
+    for (int group = 0; group < kGroups; ++group) result.at[group] = neighbour(t, group, reverse);
+    return result;
   }
 };
 

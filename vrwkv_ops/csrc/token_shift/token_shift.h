@@ -10,8 +10,22 @@ namespace {
 namespace vrwkv {
 
 using vrwkv_ops::acc_type;
+using vrwkv_ops::ShiftGeometry;
 using vrwkv_ops::TokenShiftBackwardParams;
 using vrwkv_ops::TokenShiftForwardParams;
+
+// Calls body(group, first, last) for the channels of each group in each head, in ascending order.
+template <typename Body>
+VRWKV_FN void for_each_group(const ShiftGeometry& geometry, int64_t channels, const Body& body) {
+  int64_t first = 0;
+  for (int64_t start = 0; start < channels; start += geometry.head) {
+    for (int group = 0; group < vrwkv_ops::kGroups; ++group) {
+      const int64_t last = start + (group < vrwkv_ops::kGroups - 1 ? geometry.end[group] : geometry.head);
+      body(group, first, last);
+      first = last;
+    }
+  }
+}
 
 // Computes channels c to c + kLanes of token t of image b, which lie in one group and side by side. The group takes token
 // `from`, or zeros if that is negative.

@@ -101,16 +101,16 @@ MAX_MIXES = 3
 
 
 def check_q_shift(
-    x: Tensor, resolution: tuple[int, int], shift_pixel: int, channel_gamma: float
+    x: Tensor, resolution: tuple[int, int], shift_pixel: int, channel_gamma: float, heads: int
 ) -> None:
     """Check the arguments of :func:`vrwkv_ops.q_shift`.
 
     Raises:
         TypeError: If ``x`` is not a tensor of an accepted dtype, ``resolution`` not a pair of ints,
-            ``shift_pixel`` not an int or ``channel_gamma`` not a number.
+            ``shift_pixel`` or ``heads`` not an int or ``channel_gamma`` not a number.
         ValueError: If a shape or value does not fit.
     """
-    _check_shift('q_shift', x, resolution, shift_pixel, channel_gamma, 'q_shift')
+    _check_shift('q_shift', x, resolution, shift_pixel, channel_gamma, 'q_shift', heads)
 
 
 def check_token_shift(
@@ -120,6 +120,7 @@ def check_token_shift(
     shift_pixel: int,
     channel_gamma: float | None,
     mode: str,
+    heads: int,
 ) -> None:
     """Check the arguments of :func:`vrwkv_ops.token_shift`.
 
@@ -132,7 +133,7 @@ def check_token_shift(
         raise ValueError(
             f"{op}: 'mode' must be one of {', '.join(map(repr, SHIFT_MODES))}, got {mode!r}"
         )
-    _check_shift(op, x, resolution, shift_pixel, channel_gamma, mode)
+    _check_shift(op, x, resolution, shift_pixel, channel_gamma, mode, heads)
     channels = x.shape[2]
     if isinstance(mixes, Tensor):
         if mixes.dim() != 2:
@@ -169,13 +170,15 @@ def _check_shift(
     shift_pixel: int,
     channel_gamma: float | None,
     mode: str,
+    heads: int,
 ) -> None:
     """Check the arguments of all token shifts; arguments that a mode does not use are ignored."""
     _check_float_tensor(op, 'x', x)
     if mode == 'q_shift':
         _check_grid_type(op, resolution)
-    if not _is_int(shift_pixel):
-        raise TypeError(f"{op}: 'shift_pixel' must be an int, got {type(shift_pixel).__name__}")
+    for name, value in (('shift_pixel', shift_pixel), ('heads', heads)):
+        if not _is_int(value):
+            raise TypeError(f"{op}: '{name}' must be an int, got {type(value).__name__}")
     if shift_pixel < 0:
         raise ValueError(f"{op}: 'shift_pixel' must be >= 0, got {shift_pixel}")
     if mode != 'single_shift':
@@ -192,14 +195,21 @@ def _check_shift(
                 f"{op}: 'resolution' ({height}, {width}) has {height * width} tokens but 'x' of "
                 f'shape {tuple(x.shape)} has T = {x.shape[1]}; pass the (H, W) of the token grid'
             )
+    if heads < 1 or x.shape[2] % heads:
+        raise ValueError(
+            f"{op}: 'heads' must be at least 1 and divide the C = {x.shape[2]} channels of 'x', "
+            f'got {heads}'
+        )
     if mode != 'single_shift':
         groups = 4 if mode == 'q_shift' else 2
-        bounds = shift_bounds(x.shape[2], channel_gamma, mode)
+        bounds = shift_bounds(x.shape[2] // heads, channel_gamma, mode)
         if any(bounds[n] == bounds[n + 1] for n in range(groups)):
             names = {2: 'two', 4: 'four'}
+            where = 'channels' if heads == 1 else f'channels in each of {heads} heads'
             raise ValueError(
-                f"{op}: 'x' has C = {x.shape[2]} channels, too few for {names[groups]} groups of "
-                f'{channel_gamma} * C (a group would be empty); C >= {1 / channel_gamma:g} serves'
+                f"{op}: 'x' has C = {x.shape[2] // heads} {where}, too few for {names[groups]} "
+                f'groups of {channel_gamma} * C (a group would be empty); '
+                f'C >= {1 / channel_gamma:g} serves'
             )
 
 
@@ -236,7 +246,7 @@ def _is_int(value: object) -> bool:
 
 
 def shift_bounds(channels: int, channel_gamma: float, mode: str = 'q_shift') -> list[int]:
-    """Return the channel bounds of a token shift: group n covers ``bounds[n-1]:bounds[n]``.
+    """Return the bounds of a head's groups of channels: n covers ``bounds[n-1]:bounds[n]``.
 
     Group 1 takes the token to the left, 2 to the right, 3 above and 4 below; channels past the
     groups are not shifted. The one-dimensional modes have a grid of one row and empty groups.

@@ -27,11 +27,11 @@ for _schema in (
     'bi_wkv_backward(Tensor gy, Tensor w, Tensor u, Tensor k, Tensor v, Tensor y,'
     ' Tensor y_residual, Tensor z, bool causal) -> (Tensor gw, Tensor gu, Tensor gk, Tensor gv)',
     'q_shift(Tensor x, SymInt height, SymInt width, int shift_pixel, float channel_gamma,'
-    ' bool reverse) -> Tensor',
+    ' bool reverse, int heads=1) -> Tensor',
     'token_shift(Tensor x, Tensor mixes, SymInt height, SymInt width, int shift_pixel,'
-    ' float channel_gamma, str mode) -> Tensor[]',
+    ' float channel_gamma, str mode, int heads=1) -> Tensor[]',
     'token_shift_backward(Tensor[] grads, Tensor x, Tensor mixes, SymInt height, SymInt width,'
-    ' int shift_pixel, float channel_gamma, str mode) -> (Tensor gx, Tensor gmixes)',
+    ' int shift_pixel, float channel_gamma, str mode, int heads=1) -> (Tensor gx, Tensor gmixes)',
     'squared_relu(Tensor x) -> Tensor',
     'squared_relu_backward(Tensor grad, Tensor x) -> Tensor',
     'sigmoid_gate(Tensor r, Tensor x) -> Tensor',
@@ -85,31 +85,38 @@ def bi_wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> 
 
 
 def q_shift(
-    x: Tensor, resolution: tuple[int, int], shift_pixel: int = 1, channel_gamma: float = 1 / 4
+    x: Tensor,
+    resolution: tuple[int, int],
+    shift_pixel: int = 1,
+    channel_gamma: float = 1 / 4,
+    heads: int = 1,
 ) -> Tensor:
     """Q-Shift, the four-way token shift of Vision-RWKV (paper section 3.3).
 
     Four channel groups take the token ``shift_pixel`` to the left, to the right, above and below;
     tokens outside the grid are zero. Group n covers the channels ``int(C * gamma * (n - 1))`` to
-    ``int(C * gamma * n)``; channels past the groups are
-    not shifted.
+    ``int(C * gamma * n)``; channels past the groups are not shifted. With several heads the groups
+    repeat in each of them, and C is the number of a head's channels: VRWKV6's shift, upstream's
+    ``q_shift_multihead``.
 
     Args:
         x: Tokens in row-major order, shape (B, H * W, C), with any strides.
         resolution: The token grid (H, W).
         shift_pixel: Distance in tokens, at least 0.
-        channel_gamma: Share of the channels in one group, in (0, 1/4].
+        channel_gamma: Share of a head's channels in one group, in (0, 1/4].
+        heads: Equal runs of channels, each with its own groups.
 
     Returns:
         Tensor of the shape and dtype of ``x``, contiguous.
 
     Raises:
         TypeError: If an argument has a type or dtype that is not accepted.
-        ValueError: If a shape or value does not fit, or C is too small for four groups.
+        ValueError: If a shape or value does not fit, ``heads`` do not divide the channels, or a
+            head is too small for four groups.
     """
-    check_q_shift(x, resolution, shift_pixel, channel_gamma)
+    check_q_shift(x, resolution, shift_pixel, channel_gamma, heads)
     height, width = resolution
-    return _ops.q_shift(x, height, width, shift_pixel, float(channel_gamma), False)
+    return _ops.q_shift(x, height, width, shift_pixel, float(channel_gamma), False, heads)
 
 
 def token_shift(
@@ -119,6 +126,7 @@ def token_shift(
     shift_pixel: int = 1,
     channel_gamma: float | None = 1 / 4,
     mode: str = 'q_shift',
+    heads: int = 1,
 ) -> tuple[Tensor, ...]:
     """Mix tokens with shifted neighbours: ``x * mix + shift(x) * (1 - mix)`` for each mix.
 
@@ -132,21 +140,23 @@ def token_shift(
             one tensor of shape (n, C).
         resolution: The token grid (H, W) with H * W = T, in row-major order. Only Q-Shift needs it.
         shift_pixel: Distance in tokens, at least 0.
-        channel_gamma: Share of the channels in one group, in (0, 1/4]. ``'single_shift'`` has no
-            groups and ignores it.
+        channel_gamma: Share of a head's channels in one group, in (0, 1/4]. ``'single_shift'`` has
+            no groups and ignores it.
         mode: ``'q_shift'``, four groups of channels that take the token to the left, to the right,
             above and below, see :func:`q_shift`; ``'single_shift'``, all channels take the token
             before; ``'double_shift'``, a first group takes the token before, a second one the token
             after. Other channels are not shifted; tokens outside the sequence are zero.
+        heads: Equal runs of channels, each with its own groups.
 
     Returns:
         For each mix a contiguous tensor of the shape and dtype of ``x``.
 
     Raises:
         TypeError: If an argument has a type or dtype that is not accepted.
-        ValueError: If a shape, a value or a device does not fit, or C is too small for the groups.
+        ValueError: If a shape, a value or a device does not fit, ``heads`` do not divide the
+            channels, or a head is too small for the groups.
     """
-    check_token_shift(x, mixes, resolution, shift_pixel, channel_gamma, mode)
+    check_token_shift(x, mixes, resolution, shift_pixel, channel_gamma, mode, heads)
     dtype = accumulation_dtype(x.dtype)
     if isinstance(mixes, Tensor):
         mixes = mixes.to(dtype).contiguous()
@@ -154,7 +164,7 @@ def token_shift(
         mixes = torch.stack([mix.reshape(-1).to(dtype) for mix in mixes])
     height, width = resolution if mode == 'q_shift' else (1, x.shape[1])
     gamma = 1 / 4 if channel_gamma is None else float(channel_gamma)
-    return tuple(_ops.token_shift(x, mixes, height, width, shift_pixel, gamma, mode))
+    return tuple(_ops.token_shift(x, mixes, height, width, shift_pixel, gamma, mode, heads))
 
 
 def squared_relu(x: Tensor) -> Tensor:
@@ -228,9 +238,11 @@ def _bi_wkv_backward(gy, w, u, k, v, y, y_residual, z, causal):
 
 
 @torch.library.impl(_lib, 'q_shift', 'CompositeExplicitAutograd')
-def _q_shift(x, height, width, shift_pixel, channel_gamma, reverse):
+def _q_shift(x, height, width, shift_pixel, channel_gamma, reverse, heads=1):
     backends.warn_if_slow(x.device)
-    return shift.shift_slices(x, height, width, shift_pixel, channel_gamma, reverse=reverse)
+    return shift.shift_slices(
+        x, height, width, shift_pixel, channel_gamma, heads=heads, reverse=reverse
+    )
 
 
 @torch.library.impl(_lib, 'token_shift', 'CompositeExplicitAutograd')
@@ -298,17 +310,17 @@ def _(gy, w, u, k, v, y, y_residual, z, causal):
 
 
 @torch.library.register_fake('vrwkv_ops::q_shift', lib=_lib)
-def _(x, height, width, shift_pixel, channel_gamma, reverse):
+def _(x, height, width, shift_pixel, channel_gamma, reverse, heads=1):
     return x.new_empty(x.shape)
 
 
 @torch.library.register_fake('vrwkv_ops::token_shift', lib=_lib)
-def _(x, mixes, height, width, shift_pixel, channel_gamma, mode):
+def _(x, mixes, height, width, shift_pixel, channel_gamma, mode, heads=1):
     return [x.new_empty(x.shape) for _ in range(mixes.shape[0])]
 
 
 @torch.library.register_fake('vrwkv_ops::token_shift_backward', lib=_lib)
-def _(grads, x, mixes, height, width, shift_pixel, channel_gamma, mode):
+def _(grads, x, mixes, height, width, shift_pixel, channel_gamma, mode, heads=1):
     return x.new_empty(x.shape), mixes.new_empty(mixes.shape)
 
 
@@ -379,8 +391,8 @@ def _q_shift_setup_context(ctx, inputs, output):
 
 def _q_shift_autograd(ctx, gy):
     # The adjoint of a shift is the reverse shift.
-    *args, reverse = ctx.shift
-    return (_ops.q_shift(gy, *args, not reverse), None, None, None, None, None)
+    *args, reverse, heads = ctx.shift
+    return (_ops.q_shift(gy, *args, not reverse, heads), *(None,) * len(ctx.shift))
 
 
 torch.library.register_autograd(
@@ -395,7 +407,8 @@ def _token_shift_setup_context(ctx, inputs, output):
 
 def _token_shift_autograd(ctx, grads):
     gx, gmixes = _ops.token_shift_backward(grads, *ctx.saved_tensors, *ctx.shift)
-    return (gx, gmixes, None, None, None, None, None)
+    # The dispatcher leaves out arguments that have their default value.
+    return (gx, gmixes, *(None,) * (len(ctx.needs_input_grad) - 2))
 
 
 torch.library.register_autograd(

@@ -62,11 +62,15 @@ def bi_wkv_reference(w: Tensor, u: Tensor, k: Tensor, v: Tensor, causal: bool = 
 
 
 def q_shift_reference(
-    x: Tensor, resolution: tuple[int, int], shift_pixel: int = 1, channel_gamma: float = 1 / 4
+    x: Tensor,
+    resolution: tuple[int, int],
+    shift_pixel: int = 1,
+    channel_gamma: float = 1 / 4,
+    heads: int = 1,
 ) -> Tensor:
     """Compute Q-Shift token by token; arguments and result as for :func:`vrwkv_ops.q_shift`."""
-    check_q_shift(x, resolution, shift_pixel, channel_gamma)
-    return _shift(x, resolution, shift_pixel, shift_bounds(x.shape[2], channel_gamma))
+    check_q_shift(x, resolution, shift_pixel, channel_gamma, heads)
+    return _shift(x, resolution, shift_pixel, channel_gamma, 'q_shift', heads)
 
 
 def squared_relu_reference(x: Tensor) -> Tensor:
@@ -91,19 +95,29 @@ def token_shift_reference(
     shift_pixel: int = 1,
     channel_gamma: float | None = 1 / 4,
     mode: str = 'q_shift',
+    heads: int = 1,
 ) -> tuple[Tensor, ...]:
     """Mix tokens with neighbours; arguments and results as for :func:`vrwkv_ops.token_shift`."""
-    check_token_shift(x, mixes, resolution, shift_pixel, channel_gamma, mode)
+    check_token_shift(x, mixes, resolution, shift_pixel, channel_gamma, mode, heads)
     dtype = accumulation_dtype(x.dtype)
     grid = resolution if mode == 'q_shift' else (1, x.shape[1])
     own = x.to(dtype)
-    shifted = _shift(own, grid, shift_pixel, shift_bounds(x.shape[2], channel_gamma, mode))
+    shifted = _shift(own, grid, shift_pixel, channel_gamma, mode, heads)
     mixes = [mix.to(dtype).reshape(-1) for mix in mixes]
     return tuple((own * mix + shifted * (1 - mix)).to(x.dtype) for mix in mixes)
 
 
-def _shift(x: Tensor, grid: tuple[int, int], shift_pixel: int, bounds: list[int]) -> Tensor:
+def _shift(
+    x: Tensor,
+    grid: tuple[int, int],
+    shift_pixel: int,
+    channel_gamma: float | None,
+    mode: str,
+    heads: int,
+) -> Tensor:
     height, width = grid
+    x = x.unflatten(2, (heads, x.shape[2] // heads))
+    bounds = shift_bounds(x.shape[3], channel_gamma, mode)
     s = shift_pixel
     sources = ((0, -s), (0, s), (-s, 0), (s, 0))  # (rows, columns): left, right, above, below
 
@@ -114,10 +128,9 @@ def _shift(x: Tensor, grid: tuple[int, int], shift_pixel: int, bounds: list[int]
             for n, (dh, dw) in enumerate(sources):
                 row, column = h + dh, w + dw
                 inside = 0 <= row < height and 0 <= column < width
-                group = x[:, row * width + column if inside else 0, bounds[n] : bounds[n + 1]]
+                group = x[:, row * width + column if inside else 0, :, bounds[n] : bounds[n + 1]]
                 groups.append(group if inside else torch.zeros_like(group))
-            groups.append(
-                x[:, h * width + w, bounds[4] :]
-            )  # channels past the groups are not shifted
-            tokens.append(torch.cat(groups, dim=-1))
+            # Channels past the groups are not shifted.
+            groups.append(x[:, h * width + w, :, bounds[4] :])
+            tokens.append(torch.cat(groups, dim=-1).flatten(1))
     return torch.stack(tokens, dim=1)  # (B, T, C)

@@ -14,6 +14,7 @@ def shift_slices(
     shift_pixel: int,
     channel_gamma: float,
     mode: str = 'q_shift',
+    heads: int = 1,
     reverse: bool = False,
 ) -> Tensor:
     """Shift channel groups by ``shift_pixel``: from left, right, above and below.
@@ -23,16 +24,17 @@ def shift_slices(
         height: Rows of the token grid.
         width: Columns of the token grid.
         shift_pixel: Distance in tokens.
-        channel_gamma: Share of the channels in one group.
+        channel_gamma: Share of a head's channels in one group.
         mode: Selects the groups, see :func:`vrwkv_ops.checks.shift_bounds`.
+        heads: Equal runs of channels, each with the same groups.
         reverse: Shift the other way, which is the adjoint.
 
     Returns:
         A new contiguous tensor of the shape of ``x``, with zeros from outside the grid.
     """
-    grid = x.reshape(x.shape[0], height, width, x.shape[2])
+    grid = x.reshape(x.shape[0], height, width, heads, x.shape[2] // heads)
     out = torch.zeros_like(grid, memory_format=torch.contiguous_format)
-    bounds = shift_bounds(x.shape[2], channel_gamma, mode)
+    bounds = shift_bounds(grid.shape[4], channel_gamma, mode)
     # Group 1 takes from the column to the left, 2 right, 3 from the row above, 4 below.
     for group, (axis, size, step) in enumerate(
         ((2, width, 1), (2, width, -1), (1, height, 1), (1, height, -1))
@@ -60,7 +62,8 @@ def forward(
         mixes: Weights of the tokens themselves, (n, C), in the accumulation dtype.
         height: Rows of the token grid.
         width: Columns of the token grid.
-        *shift: As in :func:`shift_slices`: ``shift_pixel``, ``channel_gamma`` and ``mode``.
+        *shift: As in :func:`shift_slices`: ``shift_pixel``, ``channel_gamma``, ``mode``
+            and ``heads``.
 
     Returns:
         One tensor like ``x`` for each of the mixes.
