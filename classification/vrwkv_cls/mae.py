@@ -13,7 +13,7 @@ from mmpretrain.registry import MODELS
 from torch import Tensor, nn
 
 from vrwkv.backbones import VRWKV
-from vrwkv.layers import VRWKVLayer, resize_pos_embed
+from vrwkv.layers import resize_pos_embed, vrwkv_layer
 from vrwkv.layers._checks import check_choice, check_int, check_number, check_rate
 from vrwkv.weights import LOAD_BACKBONE, require_fit
 
@@ -159,7 +159,7 @@ class MAEVRWKVDecoder(BaseModule):
         shift_mode: The token shift: ``'double_shift'``, ``'single_shift'`` (as in upstream's code)
             or ``'none'``.
         init_cfg: mmengine's initialisation config.
-        **kwargs: Further arguments of :class:`~vrwkv.layers.VRWKVLayer`.
+        **kwargs: Further arguments of :func:`~vrwkv.layers.vrwkv_layer`.
 
     Raises:
         TypeError: If an argument has a wrong type.
@@ -190,7 +190,7 @@ class MAEVRWKVDecoder(BaseModule):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dims))
         self.decoder_pos_embed = nn.Parameter(torch.zeros(1, num_patches, decoder_embed_dims))
         self.decoder_blocks = nn.ModuleList(
-            VRWKVLayer(
+            vrwkv_layer(
                 decoder_embed_dims,
                 decoder_depth,
                 layer_id,

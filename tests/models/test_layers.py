@@ -13,8 +13,8 @@ from vrwkv.layers import (
     PatchEmbed,
     SpatialMix,
     TokenShift,
-    VRWKVLayer,
     resize_pos_embed,
+    vrwkv_layer,
 )
 
 from .vrwkv_reference import shift_by_loop
@@ -34,6 +34,14 @@ def test_token_shift_equals_loop(mode, step, channels, gamma):
     shift = TokenShift(channels, mode, step, gamma)
     out = shifted(shift, x, (3, 5))
     assert torch.equal(out, shift_by_loop(x, mode, step, gamma, (3, 5)))
+
+
+@pytest.mark.parametrize('mode', ['q_shift', 'double_shift'])
+def test_groups_repeat_in_each_head(mode):
+    x = torch.randn(2, 15, 24)
+    heads = [shift_by_loop(part, mode, 1, 1 / 4, (3, 5)) for part in x.chunk(3, dim=2)]
+    out = shifted(TokenShift(24, mode, num_heads=3), x, (3, 5))
+    assert torch.equal(out, torch.cat(heads, dim=2))
 
 
 @pytest.mark.parametrize('mode', ['single_shift', 'double_shift'])
@@ -69,7 +77,7 @@ def test_mix_weighs_token_and_neighbour():
 
 @pytest.mark.parametrize('arguments', [{'shift_mode': 'none'}, {'shift_pixel': 0}])
 def test_no_shift_has_no_mixes(arguments):
-    layer = VRWKVLayer(8, depth=2, layer_id=0, **arguments)
+    layer = vrwkv_layer(8, depth=2, layer_id=0, **arguments)
     assert not [name for name, _ in layer.named_parameters() if 'spatial_mix' in name]
     # Every token then goes through the channel mix alone.
     x = torch.randn(1, 6, 8)
@@ -97,7 +105,7 @@ def fancy(depth, layer_id, channels):
     ('depth', 'layer_id', 'channels'), [(3, 0, 8), (3, 1, 8), (3, 2, 8), (1, 0, 8), (12, 7, 1)]
 )
 def test_fancy_init_equals_formulas(depth, layer_id, channels):
-    layer = VRWKVLayer(channels, depth, layer_id, shift_mode='single_shift')
+    layer = vrwkv_layer(channels, depth, layer_id, shift_mode='single_shift')
     params = dict(layer.named_parameters())
     for name, values in fancy(depth, layer_id, channels).items():
         torch.testing.assert_close(params[name].flatten(), torch.tensor(values))
@@ -121,7 +129,7 @@ def test_fancy_init_equals_values_by_hand():
     ('init_mode', 'decay', 'first', 'mix'), [('local', 1, 1, 1), ('global', 0, 0, 0.5)]
 )
 def test_constant_inits(init_mode, decay, first, mix):
-    layer = VRWKVLayer(8, depth=2, layer_id=1, init_mode=init_mode)
+    layer = vrwkv_layer(8, depth=2, layer_id=1, init_mode=init_mode)
     for name, value in layer.named_parameters():
         if name.endswith('spatial_decay'):
             assert (value == decay).all()
@@ -134,7 +142,7 @@ def test_constant_inits(init_mode, decay, first, mix):
 @pytest.mark.parametrize('init_mode', ['fancy', 'local', 'global'])
 def test_linears_start_normal_002(init_mode):
     torch.manual_seed(0)
-    layer = VRWKVLayer(64, depth=2, layer_id=0, init_mode=init_mode)
+    layer = vrwkv_layer(64, depth=2, layer_id=0, init_mode=init_mode)
     linears = {n: m for n, m in layer.named_modules() if isinstance(m, torch.nn.Linear)}
     assert set(linears) == {f'att.{name}' for name in ('key', 'value', 'receptance', 'output')} | {
         f'ffn.{name}' for name in ('key', 'value', 'receptance')
@@ -147,10 +155,10 @@ def test_linears_start_normal_002(init_mode):
 
 
 def test_layer_scale_starts_at_init_values():
-    layer = VRWKVLayer(8, depth=2, layer_id=0, init_values=1e-5)
+    layer = vrwkv_layer(8, depth=2, layer_id=0, init_values=1e-5)
     assert (layer.gamma1 == 1e-5).all()
     assert (layer.gamma2 == 1e-5).all()
-    assert VRWKVLayer(8, depth=2, layer_id=0).gamma1 is None
+    assert vrwkv_layer(8, depth=2, layer_id=0).gamma1 is None
 
 
 def test_drop_path_drops_samples_and_keeps_the_mean():
@@ -210,24 +218,30 @@ def test_patch_embed_is_row_major():
         (lambda: TokenShift(8, channel_gamma=0.3), ValueError, r'channel_gamma .*\(0, 1/4\].*0.3'),
         (lambda: TokenShift(8, channel_gamma=0), ValueError, r'channel_gamma .*\(0, 1/4\], got 0'),
         (lambda: TokenShift(8, channel_gamma=None), TypeError, 'channel_gamma .*number, got None'),
+        (
+            lambda: TokenShift(8, num_heads=3),
+            ValueError,
+            'num_heads must divide embed_dims=8, got 3',
+        ),
+        (lambda: TokenShift(8, num_heads=4), ValueError, 'embed_dims=2 is too small'),
         (lambda: DropPath(1.5), ValueError, r'drop_prob .*\[0, 1\], got 1.5'),
         (lambda: DropPath('a'), TypeError, "drop_prob .*number, got 'a'"),
         (lambda: SpatialMix(8, 2, 0, init_mode='fanzy'), ValueError, "init_mode.*mean 'fancy'"),
         (lambda: ChannelMix(8, 2, 0, hidden_rate=0), ValueError, 'hidden_rate .*got 0'),
         (lambda: ChannelMix(8, 2, 0, hidden_rate='4'), TypeError, "hidden_rate .*got '4'"),
-        (lambda: VRWKVLayer(8, 2, 0, init_values='1'), TypeError, "init_values .*got '1'"),
+        (lambda: vrwkv_layer(8, 2, 0, init_values='1'), TypeError, "init_values .*got '1'"),
         (
             lambda: resize_pos_embed(torch.zeros(1, 11, 3), (3, 4), (6, 6)),
             ValueError,
             r'pos_embed .*\(1, 3 \* 4, C\).*got \(1, 11, 3\)',
         ),
         (
-            lambda: VRWKVLayer(8, 2, 0)(torch.zeros(1, 4, 8)),
+            lambda: vrwkv_layer(8, 2, 0)(torch.zeros(1, 4, 8)),
             ValueError,
             "shift_mode='q_shift' needs .*resolution.*got None.*'double_shift'",
         ),
         (
-            lambda: VRWKVLayer(8, 2, 0)(torch.zeros(1, 4, 8), (2, 3)),
+            lambda: vrwkv_layer(8, 2, 0)(torch.zeros(1, 4, 8), (2, 3)),
             ValueError,
             r'\(2, 3\).*6 tokens.*T = 4',
         ),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from ..layers import VRWKVLayer
+from ..layers import vrwkv_layer
 from ..weights import rename_mlp_head
 from ._plain import PlainBackbone
 
@@ -79,7 +79,7 @@ class VRWKV(PlainBackbone):
     ) -> None:
 
         def make_layer(layer_id: int, drop_path: float) -> nn.Module:
-            return VRWKVLayer(
+            return vrwkv_layer(
                 embed_dims,
                 depth,
                 layer_id,

@@ -6,7 +6,7 @@ from .patch_embed import PatchEmbed
 from .position_embedding import resize_pos_embed
 from .residual import ResidualLayer
 from .token_shift import SHIFT_MODES, TokenShift
-from .vrwkv_layer import VRWKVLayer
+from .vrwkv_layer import VRWKVLayer, vrwkv_layer
 
 __all__ = [
     'INIT_MODES',
@@ -19,4 +19,5 @@ __all__ = [
     'TokenShift',
     'VRWKVLayer',
     'resize_pos_embed',
+    'vrwkv_layer',
 ]
