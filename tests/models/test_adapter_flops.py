@@ -98,7 +98,7 @@ def test_vrwkv_adapter(name):
     assert millions(model) == pytest.approx(parameters, abs=0.05)
     counts = count(model, PROBE)
     tokens = PROBE[0] * PROBE[1] // 256
-    assert counts['bi_wkv_forward'] == 29 * tokens * model.embed_dims * model.depth
+    assert counts['bi_wkv'] == 29 * tokens * model.embed_dims * model.depth
     for size, expected in zip(SIZES, flops, strict=True):
         scale = size[0] * size[1] / (PROBE[0] * PROBE[1])
         assert sum(counts.values()) * scale / 1e9 == paper(expected), size

@@ -41,7 +41,7 @@ def by_hand(tokens):
     return {
         'conv': tokens * 3 * 16**2 * C,
         'linear': DEPTH * tokens * (attention + channel_mix),
-        'bi_wkv_forward': DEPTH * tokens * 29 * C,
+        'bi_wkv': DEPTH * tokens * 29 * C,
         # mmengine takes 5 for each value that is normalised: ln0, two in each layer, the final one.
         'layer_norm': (1 + 2 * DEPTH + 1) * tokens * 5 * C,
     }
@@ -82,8 +82,8 @@ def test_importing_registers_nothing():
         'from vrwkv.analysis import complexity, register_flop_handlers\n'
         'from mmengine.analysis import FlopAnalyzer\n'
         'model, image = VRWKV(embed_dims=8, depth=1).eval(), torch.zeros(1, 3, 32, 32)\n'
-        'count = lambda: FlopAnalyzer(model, image).by_operator()["bi_wkv_forward"]\n'
-        'print(count(), complexity(model, image).operators["bi_wkv_forward"], count())\n'
+        'count = lambda: FlopAnalyzer(model, image).by_operator()["bi_wkv"]\n'
+        'print(count(), complexity(model, image).operators["bi_wkv"], count())\n'
         'register_flop_handlers(); print(count())\n'
     )
     command = [sys.executable, '-W', 'ignore', '-c', code]

@@ -23,7 +23,7 @@ SIZES = {'mmpretrain': (224, 224), 'mmdet': (800, 1344), 'mmseg': (512, 512)}
 KINDS = {
     'linear layers': ('linear', 'addmm', 'matmul', 'mm'),
     'convolutions': ('conv',),
-    'Bi-WKV and its gate': ('bi_wkv_forward',),
+    'Bi-WKV and its gate': ('bi_wkv',),
     'attention': ('scaled_dot_product_attention', 'bmm', 'einsum'),
     'deformable attention': ('grid_sampler', 'PythonOp.MultiScaleDeformableAttnFunction'),
     'norms': ('layer_norm', 'batch_norm', 'group_norm'),

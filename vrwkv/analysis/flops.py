@@ -29,7 +29,7 @@ def bi_wkv_flops(inputs: list[Any], outputs: list[Any]) -> int:
     """Count Bi-WKV and its gate, as upstream does.
 
     Args:
-        inputs: Values of a traced ``vrwkv_ops::bi_wkv_forward``.
+        inputs: Values of a traced ``vrwkv_ops::bi_wkv``.
         outputs: Not used.
 
     Returns:
@@ -70,7 +70,7 @@ def deformable_attention_flops(inputs: list[Any], outputs: list[Any]) -> int:
 #: FLOP handlers by operator. Shifts and the mix of two tokens are elementwise; mmengine does not
 #: count elementwise operators.
 FLOP_HANDLERS: dict[str, Handle] = {
-    'vrwkv_ops::bi_wkv_forward': bi_wkv_flops,
+    'vrwkv_ops::bi_wkv': bi_wkv_flops,
     'vrwkv_ops::q_shift': elementwise_flop_counter(0, 0),
     'vrwkv_ops::token_shift': elementwise_flop_counter(0, 0),
     'vrwkv_ops::squared_relu': elementwise_flop_counter(0, 0),
@@ -81,7 +81,7 @@ FLOP_HANDLERS: dict[str, Handle] = {
 }
 #: Activation handlers by operator: the number of output values.
 ACTIVATION_HANDLERS: dict[str, Handle] = {
-    'vrwkv_ops::bi_wkv_forward': generic_activation_jit(),
+    'vrwkv_ops::bi_wkv': generic_activation_jit(),
     'aten::scaled_dot_product_attention': generic_activation_jit(),
 }
 

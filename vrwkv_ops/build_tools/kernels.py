@@ -293,7 +293,7 @@ def compile_commands(parts: Mapping[str, Part], cuda_home: str | None, folder: P
             for source in sorted(CSRC.glob('*/cpu_kernels.cpp'))
             for variant, flags in INSTRUCTION_SETS.items()
         ]
-        sources = [*CSRC.glob('*/cpu.cpp'), CSRC / 'registration.cpp']
+        sources = [*CSRC.glob('*/cpu.cpp'), *CSRC.glob('*.cpp')]
         commands['cpu'] += [command([*cxx, '-O1', *headers], source) for source in sorted(sources)]
     if parts['cuda'].built:
         os.environ['TORCH_CUDA_ARCH_LIST'] = parts['cuda'].archs

@@ -1,4 +1,4 @@
-// The operators as the dispatcher calls them (schemas: src/vrwkv_ops/ops.py).
+// The operators as the dispatcher calls them (schemas: dispatch.cpp).
 #pragma once
 
 #include <ATen/core/List.h>

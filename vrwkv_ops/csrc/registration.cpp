@@ -1,4 +1,4 @@
-// Registers the kernels of the operators that src/vrwkv_ops/ops.py defines. The CPU and the CUDA library each compile this
+// Registers the kernels of the operators that dispatch.cpp defines. The CPU and the CUDA library each compile this
 // file.
 #include <torch/library.h>
 

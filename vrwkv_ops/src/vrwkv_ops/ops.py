@@ -1,15 +1,11 @@
-"""The operators: dispatcher schemas, fakes, autograd and autocast rules, and the public functions.
-
-Compiled kernels (``csrc/``) register themselves for the CPU and CUDA keys of these schemas; the
-PyTorch kernels in this file serve all other devices.
-"""
+"""The public functions of the operators; :mod:`vrwkv_ops.definitions` and ``csrc/`` define them."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from vrwkv_ops import backends, pointwise, scan, shift, triton
+from vrwkv_ops import backends, definitions, pointwise, triton
 from vrwkv_ops.checks import (
     accumulation_dtype,
     check_bi_wkv,
@@ -18,30 +14,17 @@ from vrwkv_ops.checks import (
     check_token_shift,
 )
 
-_HALF = (torch.float16, torch.bfloat16)
-
-_lib = torch.library.Library('vrwkv_ops', 'DEF')
-for _schema in (
-    'bi_wkv_forward(Tensor w, Tensor u, Tensor k, Tensor v, bool causal, bool save)'
-    ' -> (Tensor y, Tensor y_residual, Tensor z)',
-    'bi_wkv_backward(Tensor gy, Tensor w, Tensor u, Tensor k, Tensor v, Tensor y,'
-    ' Tensor y_residual, Tensor z, bool causal) -> (Tensor gw, Tensor gu, Tensor gk, Tensor gv)',
-    'q_shift(Tensor x, SymInt height, SymInt width, int shift_pixel, float channel_gamma,'
-    ' bool reverse, int heads=1) -> Tensor',
-    'token_shift(Tensor x, Tensor mixes, SymInt height, SymInt width, int shift_pixel,'
-    ' float channel_gamma, str mode, int heads=1) -> Tensor[]',
-    'token_shift_backward(Tensor[] grads, Tensor x, Tensor mixes, SymInt height, SymInt width,'
-    ' int shift_pixel, float channel_gamma, str mode, int heads=1) -> (Tensor gx, Tensor gmixes)',
-    'squared_relu(Tensor x) -> Tensor',
-    'squared_relu_backward(Tensor grad, Tensor x) -> Tensor',
-    'sigmoid_gate(Tensor r, Tensor x) -> Tensor',
-    'sigmoid_gate_backward(Tensor grad, Tensor r, Tensor x) -> (Tensor gr, Tensor gx)',
-):
-    _lib.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+backends.load()
+definitions.complete('vrwkv_ops')
+SCAN_KERNELS = {op.name: op.kernel for op in definitions.OPERATORS if not op.is_composite}
+if backends.triton_serves_gpus():
+    triton.serve('CUDA', SCAN_KERNELS)
 _ops = torch.ops.vrwkv_ops
-
-
-# --- Public functions -------------------------------------------------------------------------
+_bi_wkv = _ops.bi_wkv.default
+_q_shift = _ops.q_shift.default
+_token_shift = _ops.token_shift.default
+_squared_relu = _ops.squared_relu.default
+_sigmoid_gate = _ops.sigmoid_gate.default
 
 
 def bi_wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
@@ -70,18 +53,14 @@ def bi_wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> 
         TypeError: If an argument is no tensor or has a dtype that is not accepted.
         ValueError: If a rank, a shape or a device does not fit.
     """
-    check_bi_wkv(w, u, k, v, causal)
-    dtype = accumulation_dtype(k.dtype)
-    needs_grad = w.requires_grad or u.requires_grad or k.requires_grad or v.requires_grad
-    y, _, _ = _ops.bi_wkv_forward(
-        w.to(dtype).contiguous(),
-        u.to(dtype).contiguous(),
-        k,
-        v,
-        causal,
-        needs_grad and torch.is_grad_enabled(),
-    )
-    return y
+    if torch.compiler.is_compiling() or not isinstance(causal, bool):
+        check_bi_wkv(w, u, k, v, causal)
+        return _bi_wkv(w, u, k, v, causal)
+    try:
+        return _bi_wkv(w, u, k, v, causal)
+    except (RuntimeError, TypeError, ValueError):
+        check_bi_wkv(w, u, k, v, causal)  # says more about a wrong argument
+        raise
 
 
 def q_shift(
@@ -116,7 +95,7 @@ def q_shift(
     """
     check_q_shift(x, resolution, shift_pixel, channel_gamma, heads)
     height, width = resolution
-    return _ops.q_shift(x, height, width, shift_pixel, float(channel_gamma), False, heads)
+    return _q_shift(x, height, width, shift_pixel, float(channel_gamma), False, heads)
 
 
 def token_shift(
@@ -164,7 +143,7 @@ def token_shift(
         mixes = torch.stack([mix.reshape(-1).to(dtype) for mix in mixes])
     height, width = resolution if mode == 'q_shift' else (1, x.shape[1])
     gamma = 1 / 4 if channel_gamma is None else float(channel_gamma)
-    return tuple(_ops.token_shift(x, mixes, height, width, shift_pixel, gamma, mode, heads))
+    return tuple(_token_shift(x, mixes, height, width, shift_pixel, gamma, mode, heads))
 
 
 def squared_relu(x: Tensor) -> Tensor:
@@ -185,7 +164,7 @@ def squared_relu(x: Tensor) -> Tensor:
     check_pointwise('squared_relu', x=x)
     if torch.compiler.is_compiling():
         return pointwise.squared_relu(x)
-    return _ops.squared_relu(x)
+    return _squared_relu(x)
 
 
 def sigmoid_gate(r: Tensor, x: Tensor) -> Tensor:
@@ -210,255 +189,4 @@ def sigmoid_gate(r: Tensor, x: Tensor) -> Tensor:
     r, x = r.to(dtype), x.to(dtype)
     if torch.compiler.is_compiling():
         return pointwise.sigmoid_gate(r, x)
-    return _ops.sigmoid_gate(r, x)
-
-
-# --- Kernels for devices without compiled ones ------------------------------------------------
-
-
-@torch.library.impl(_lib, 'bi_wkv_forward', 'CompositeExplicitAutograd')
-def _bi_wkv_forward(w, u, k, v, causal, save):
-    backends.warn_if_slow(k.device)
-    y_acc, z = scan.forward(w, u, k, v, causal)
-    y = y_acc.to(k.dtype)
-    if not save:
-        return y, y.new_empty(0), z.new_empty(0)
-    y_residual = (y_acc - y).to(k.dtype) if k.dtype in _HALF else y.new_empty(0)
-    return y, y_residual, z
-
-
-@torch.library.impl(_lib, 'bi_wkv_backward', 'CompositeExplicitAutograd')
-def _bi_wkv_backward(gy, w, u, k, v, y, y_residual, z, causal):
-    backends.warn_if_slow(k.device)
-    y_acc = y.to(w.dtype)
-    if k.dtype in _HALF:
-        y_acc = y_acc + y_residual
-    gw, gu, gk, gv = scan.backward(gy, w, u, k, v, y_acc, z, causal)
-    return gw, gu, gk.to(k.dtype), gv.to(v.dtype)
-
-
-@torch.library.impl(_lib, 'q_shift', 'CompositeExplicitAutograd')
-def _q_shift(x, height, width, shift_pixel, channel_gamma, reverse, heads=1):
-    backends.warn_if_slow(x.device)
-    return shift.shift_slices(
-        x, height, width, shift_pixel, channel_gamma, heads=heads, reverse=reverse
-    )
-
-
-@torch.library.impl(_lib, 'token_shift', 'CompositeExplicitAutograd')
-def _token_shift(x, mixes, *args):
-    backends.warn_if_slow(x.device)
-    return shift.forward(x, mixes, *args)
-
-
-@torch.library.impl(_lib, 'token_shift_backward', 'CompositeExplicitAutograd')
-def _token_shift_backward(grads, x, mixes, *args):
-    backends.warn_if_slow(x.device)
-    return shift.backward(grads, x, mixes, *args)
-
-
-@torch.library.impl(_lib, 'squared_relu', 'CompositeExplicitAutograd')
-def _squared_relu(x):
-    backends.warn_if_slow(x.device)
-    return pointwise.squared_relu(x).contiguous()
-
-
-@torch.library.impl(_lib, 'squared_relu_backward', 'CompositeExplicitAutograd')
-def _squared_relu_backward(grad, x):
-    return pointwise.squared_relu_backward(grad, x).contiguous()
-
-
-@torch.library.impl(_lib, 'sigmoid_gate', 'CompositeExplicitAutograd')
-def _sigmoid_gate(r, x):
-    backends.warn_if_slow(x.device)
-    return pointwise.sigmoid_gate(r, x).contiguous()
-
-
-@torch.library.impl(_lib, 'sigmoid_gate_backward', 'CompositeExplicitAutograd')
-def _sigmoid_gate_backward(grad, r, x):
-    gr, gx = pointwise.sigmoid_gate_backward(grad, r, x)
-    return gr.contiguous(), gx.contiguous()
-
-
-SCAN_KERNELS = {
-    'bi_wkv_forward': _bi_wkv_forward,
-    'bi_wkv_backward': _bi_wkv_backward,
-    'q_shift': _q_shift,
-    'token_shift': _token_shift,
-    'token_shift_backward': _token_shift_backward,
-    'squared_relu': _squared_relu,
-    'squared_relu_backward': _squared_relu_backward,
-    'sigmoid_gate': _sigmoid_gate,
-    'sigmoid_gate_backward': _sigmoid_gate_backward,
-}
-
-
-# --- Shapes and dtypes of results, for torch.compile and torch.export --------------------------
-
-
-@torch.library.register_fake('vrwkv_ops::bi_wkv_forward', lib=_lib)
-def _(w, u, k, v, causal, save):
-    y = k.new_empty(k.shape)
-    y_residual = k.new_empty(k.shape if save and k.dtype in _HALF else (0,))
-    z = w.new_empty(k.shape if save else (0,))
-    return y, y_residual, z
-
-
-@torch.library.register_fake('vrwkv_ops::bi_wkv_backward', lib=_lib)
-def _(gy, w, u, k, v, y, y_residual, z, causal):
-    return w.new_empty(w.shape), u.new_empty(u.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-@torch.library.register_fake('vrwkv_ops::q_shift', lib=_lib)
-def _(x, height, width, shift_pixel, channel_gamma, reverse, heads=1):
-    return x.new_empty(x.shape)
-
-
-@torch.library.register_fake('vrwkv_ops::token_shift', lib=_lib)
-def _(x, mixes, height, width, shift_pixel, channel_gamma, mode, heads=1):
-    return [x.new_empty(x.shape) for _ in range(mixes.shape[0])]
-
-
-@torch.library.register_fake('vrwkv_ops::token_shift_backward', lib=_lib)
-def _(grads, x, mixes, height, width, shift_pixel, channel_gamma, mode, heads=1):
-    return x.new_empty(x.shape), mixes.new_empty(mixes.shape)
-
-
-@torch.library.register_fake('vrwkv_ops::squared_relu', lib=_lib)
-def _(x):
-    return x.new_empty(x.shape)
-
-
-@torch.library.register_fake('vrwkv_ops::squared_relu_backward', lib=_lib)
-def _(grad, x):
-    return x.new_empty(x.shape)
-
-
-@torch.library.register_fake('vrwkv_ops::sigmoid_gate', lib=_lib)
-def _(r, x):
-    return x.new_empty(x.shape)
-
-
-@torch.library.register_fake('vrwkv_ops::sigmoid_gate_backward', lib=_lib)
-def _(grad, r, x):
-    return r.new_empty(r.shape), x.new_empty(x.shape)
-
-
-# --- Autograd ---------------------------------------------------------------------------------
-
-
-def _bi_wkv_setup_context(ctx, inputs, output):
-    w, u, k, v, causal, save = inputs
-    y, y_residual, z = output
-    ctx.mark_non_differentiable(y_residual, z)
-    ctx.set_materialize_grads(False)
-    ctx.causal, ctx.save = causal, save
-    if save:
-        ctx.save_for_backward(w, u, k, v, y, y_residual, z)
-
-
-def _bi_wkv_autograd(ctx, gy, *_):
-    if not ctx.save:
-        raise RuntimeError('vrwkv_ops::bi_wkv_forward needs save=True for a backward pass')
-    if gy is None:
-        return (None,) * 6
-    return (*_ops.bi_wkv_backward(gy, *ctx.saved_tensors, ctx.causal), None, None)
-
-
-torch.library.register_autograd(
-    'vrwkv_ops::bi_wkv_forward', _bi_wkv_autograd, setup_context=_bi_wkv_setup_context, lib=_lib
-)
-
-
-def _differentiable_once(name: str) -> None:
-    """Make the gradient of the operator ``name`` raise an error when it is differentiated."""
-
-    def refuse(ctx, *grads):
-        raise NotImplementedError(
-            f'{name} is differentiable once only. Call backward or torch.autograd.grad without '
-            f'create_graph=True, or use vrwkv_ops.reference.{name}_reference for higher derivatives'
-        )
-
-    torch.library.register_autograd(f'vrwkv_ops::{name}_backward', refuse, lib=_lib)
-
-
-_differentiable_once('bi_wkv')
-
-
-def _q_shift_setup_context(ctx, inputs, output):
-    ctx.shift = inputs[1:]
-
-
-def _q_shift_autograd(ctx, gy):
-    # The adjoint of a shift is the reverse shift.
-    *args, reverse, heads = ctx.shift
-    return (_ops.q_shift(gy, *args, not reverse, heads), *(None,) * len(ctx.shift))
-
-
-torch.library.register_autograd(
-    'vrwkv_ops::q_shift', _q_shift_autograd, setup_context=_q_shift_setup_context, lib=_lib
-)
-
-
-def _token_shift_setup_context(ctx, inputs, output):
-    x, mixes, *ctx.shift = inputs
-    ctx.save_for_backward(x, mixes)
-
-
-def _token_shift_autograd(ctx, grads):
-    gx, gmixes = _ops.token_shift_backward(grads, *ctx.saved_tensors, *ctx.shift)
-    # The dispatcher leaves out arguments that have their default value.
-    return (gx, gmixes, *(None,) * (len(ctx.needs_input_grad) - 2))
-
-
-torch.library.register_autograd(
-    'vrwkv_ops::token_shift',
-    _token_shift_autograd,
-    setup_context=_token_shift_setup_context,
-    lib=_lib,
-)
-_differentiable_once('token_shift')
-
-
-def _save_inputs(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
-def _squared_relu_autograd(ctx, grad):
-    return _ops.squared_relu_backward(grad, *ctx.saved_tensors)
-
-
-def _sigmoid_gate_autograd(ctx, grad):
-    return _ops.sigmoid_gate_backward(grad, *ctx.saved_tensors)
-
-
-for _name, _autograd in (
-    ('squared_relu', _squared_relu_autograd),
-    ('sigmoid_gate', _sigmoid_gate_autograd),
-):
-    torch.library.register_autograd(
-        f'vrwkv_ops::{_name}', _autograd, setup_context=_save_inputs, lib=_lib
-    )
-    _differentiable_once(_name)
-
-
-# --- Autocast: k and v get its dtype, w and u keep the accumulation dtype -------------------
-
-
-def _autocast_rule(device_type: str):
-    def kernel(w, u, k, v, causal, save):
-        dtype = torch.get_autocast_dtype(device_type)
-        with torch.autocast(device_type, enabled=False):
-            if k.dtype != torch.float64:
-                k, v = k.to(dtype), v.to(dtype)
-            return _ops.bi_wkv_forward(w, u, k, v, causal, save)
-
-    return kernel
-
-
-for _device_type, _key in (('cpu', 'AutocastCPU'), ('cuda', 'AutocastCUDA')):
-    _lib.impl('bi_wkv_forward', _autocast_rule(_device_type), _key)
-
-backends.load()
-if backends.triton_serves_gpus():
-    triton.serve('CUDA', SCAN_KERNELS)
+    return _sigmoid_gate(r, x)

@@ -1,0 +1,302 @@
+// Schemas, autograd and autocast rules of the operators. Only the CPU library compiles this file; it must be loaded before
+// the CUDA library. src/vrwkv_ops/definitions.py defines the same for installs without compiled kernels.
+#include <ATen/autocast_mode.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+namespace {
+
+using at::Tensor;
+using c10::SymInt;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// Returns a function that calls an operator through the dispatcher; `Signature` has SymInt where the schema has.
+template <typename Signature>
+c10::TypedOperatorHandle<Signature> find(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+template <typename... Tensors>
+bool needs_grad(const Tensors&... tensors) {
+  return at::GradMode::is_enabled() && (tensors.requires_grad() || ...);
+}
+
+// --- Bi-WKV -----------------------------------------------------------------------------------
+
+using WkvForward = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&, bool, bool);
+using WkvBackward = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                                               const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                                               bool);
+
+std::tuple<Tensor, Tensor, Tensor> call_wkv_forward(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v,
+                                                    bool causal, bool save) {
+  static const auto op = find<WkvForward>("vrwkv_ops::bi_wkv_forward");
+  return op.call(w, u, k, v, causal, save);
+}
+
+bool is_accepted(const Tensor& x) {
+  const auto type = x.scalar_type();
+  return type == at::kFloat || type == at::kHalf || type == at::kBFloat16 || type == at::kDouble;
+}
+
+// Autocast converts k and v to one type, but not float64.
+bool autocast_unifies(const Tensor& k, const Tensor& v) {
+  return k.scalar_type() != at::kDouble && v.scalar_type() != at::kDouble &&
+         at::autocast::is_autocast_enabled(k.device().type());
+}
+
+// Converts the parameters and decides what is kept for backward.
+Tensor bi_wkv(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v, bool causal) {
+  const bool fits = is_accepted(w) && is_accepted(u) && is_accepted(k) && is_accepted(v) && k.dim() == 3 &&
+                    v.sym_sizes() == k.sym_sizes() && k.sym_size(1) >= 1 && k.sym_size(2) >= 1 && w.dim() == 1 &&
+                    w.sym_size(0) == k.sym_size(2) && u.dim() == 1 && u.sym_size(0) == k.sym_size(2) &&
+                    w.device() == k.device() && u.device() == k.device() && v.device() == k.device() &&
+                    (v.scalar_type() == k.scalar_type() || autocast_unifies(k, v));
+  TORCH_CHECK_VALUE(
+      fits,
+      "bi_wkv: expected w and u of shape (C,), and k and v of one shape (B, T, C) and one dtype, all of floats, on "
+      "one device and not empty; got ",
+      w.toString(), w.sym_sizes(), ", ", u.toString(), u.sym_sizes(), ", ", k.toString(), k.sym_sizes(), ", ", v.toString(),
+      v.sym_sizes());
+  const auto type = k.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  return std::get<0>(call_wkv_forward(w.to(type).contiguous(), u.to(type).contiguous(), k, v, causal, needs_grad(w, u, k, v)));
+}
+
+struct BiWkv : torch::autograd::Function<BiWkv> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v,
+                               bool causal, bool save) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    auto [y, y_residual, z] = call_wkv_forward(w, u, k, v, causal, save);
+    ctx->mark_non_differentiable({y_residual, z});
+    ctx->set_materialize_grads(false);
+    ctx->saved_data["causal"] = causal;
+    ctx->saved_data["save"] = save;
+    if (save) ctx->save_for_backward({w, u, k, v, y, y_residual, z});
+    return {y, y_residual, z};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    TORCH_CHECK(ctx->saved_data["save"].toBool(), "vrwkv_ops::bi_wkv_forward needs save=True for a backward pass");
+    if (!grads[0].defined()) return variable_list(6);
+    static const auto op = find<WkvBackward>("vrwkv_ops::bi_wkv_backward");
+    const auto saved = ctx->get_saved_variables();
+    auto [gw, gu, gk, gv] = op.call(grads[0], saved[0], saved[1], saved[2], saved[3], saved[4], saved[5], saved[6],
+                                    ctx->saved_data["causal"].toBool());
+    return {gw, gu, gk, gv, Tensor(), Tensor()};
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> bi_wkv_forward_autograd(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v,
+                                                           bool causal, bool save) {
+  if (!needs_grad(w, u, k, v)) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return call_wkv_forward(w, u, k, v, causal, save);
+  }
+  auto results = BiWkv::apply(w, u, k, v, causal, save);
+  return {results[0], results[1], results[2]};
+}
+
+// k and v take autocast's dtype; w and u keep the accumulation dtype.
+template <at::DeviceType device>
+std::tuple<Tensor, Tensor, Tensor> bi_wkv_forward_autocast(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v,
+                                                           bool causal, bool save) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(at::autocast::get_autocast_dispatch_key_from_device_type(device));
+  if (k.scalar_type() == at::kDouble) return call_wkv_forward(w, u, k, v, causal, save);
+  const auto type = at::autocast::get_autocast_dtype(device);
+  return call_wkv_forward(w, u, k.to(type), v.to(type), causal, save);
+}
+
+// --- Token shifts -----------------------------------------------------------------------------
+
+using QShift = Tensor(const Tensor&, SymInt, SymInt, int64_t, double, bool, int64_t);
+using TokenShift = std::vector<Tensor>(const Tensor&, const Tensor&, SymInt, SymInt, int64_t, double, c10::string_view,
+                                       int64_t);
+using TokenShiftBackward = std::tuple<Tensor, Tensor>(at::TensorList, const Tensor&, const Tensor&, SymInt, SymInt, int64_t,
+                                                      double, c10::string_view, int64_t);
+
+Tensor call_q_shift(const Tensor& x, SymInt height, SymInt width, int64_t shift_pixel, double channel_gamma, bool reverse,
+                    int64_t heads) {
+  static const auto op = find<QShift>("vrwkv_ops::q_shift");
+  return op.call(x, std::move(height), std::move(width), shift_pixel, channel_gamma, reverse, heads);
+}
+
+std::vector<Tensor> call_token_shift(const Tensor& x, const Tensor& mixes, SymInt height, SymInt width, int64_t shift_pixel,
+                                     double channel_gamma, c10::string_view mode, int64_t heads) {
+  static const auto op = find<TokenShift>("vrwkv_ops::token_shift");
+  return op.call(x, mixes, std::move(height), std::move(width), shift_pixel, channel_gamma, mode, heads);
+}
+
+struct QShiftFunction : torch::autograd::Function<QShiftFunction> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const SymInt& height, const SymInt& width, int64_t shift_pixel,
+                        double channel_gamma, bool reverse, int64_t heads) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    auto& saved = ctx->saved_data;
+    saved["height"] = height, saved["width"] = width, saved["shift_pixel"] = shift_pixel;
+    saved["channel_gamma"] = channel_gamma, saved["reverse"] = reverse, saved["heads"] = heads;
+    return call_q_shift(x, height, width, shift_pixel, channel_gamma, reverse, heads);
+  }
+
+  // The adjoint of a shift is the reverse shift.
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    auto& saved = ctx->saved_data;
+    variable_list results(7);
+    results[0] = call_q_shift(grads[0], saved["height"].toSymInt(), saved["width"].toSymInt(), saved["shift_pixel"].toInt(),
+                              saved["channel_gamma"].toDouble(), !saved["reverse"].toBool(), saved["heads"].toInt());
+    return results;
+  }
+};
+
+Tensor q_shift_autograd(const Tensor& x, SymInt height, SymInt width, int64_t shift_pixel, double channel_gamma, bool reverse,
+                        int64_t heads) {
+  return QShiftFunction::apply(x, height, width, shift_pixel, channel_gamma, reverse, heads);
+}
+
+struct TokenShiftFunction : torch::autograd::Function<TokenShiftFunction> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& mixes, const SymInt& height,
+                               const SymInt& width, int64_t shift_pixel, double channel_gamma, const std::string& mode,
+                               int64_t heads) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    auto& saved = ctx->saved_data;
+    saved["height"] = height, saved["width"] = width, saved["shift_pixel"] = shift_pixel;
+    saved["channel_gamma"] = channel_gamma, saved["mode"] = mode, saved["heads"] = heads;
+    ctx->save_for_backward({x, mixes});
+    return call_token_shift(x, mixes, height, width, shift_pixel, channel_gamma, mode, heads);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    static const auto op = find<TokenShiftBackward>("vrwkv_ops::token_shift_backward");
+    auto& saved = ctx->saved_data;
+    const auto tensors = ctx->get_saved_variables();
+    variable_list results(8);
+    std::tie(results[0], results[1]) = op.call(
+        grads, tensors[0], tensors[1], saved["height"].toSymInt(), saved["width"].toSymInt(), saved["shift_pixel"].toInt(),
+        saved["channel_gamma"].toDouble(), saved["mode"].toStringView(), saved["heads"].toInt());
+    return results;
+  }
+};
+
+std::vector<Tensor> token_shift_autograd(const Tensor& x, const Tensor& mixes, SymInt height, SymInt width, int64_t shift_pixel,
+                                         double channel_gamma, c10::string_view mode, int64_t heads) {
+  return TokenShiftFunction::apply(x, mixes, height, width, shift_pixel, channel_gamma, std::string(mode), heads);
+}
+
+// --- Element-wise functions -------------------------------------------------------------------
+
+struct SquaredRelu : torch::autograd::Function<SquaredRelu> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    static const auto op = find<Tensor(const Tensor&)>("vrwkv_ops::squared_relu");
+    ctx->save_for_backward({x});
+    return op.call(x);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    static const auto op = find<Tensor(const Tensor&, const Tensor&)>("vrwkv_ops::squared_relu_backward");
+    return {op.call(grads[0], ctx->get_saved_variables()[0])};
+  }
+};
+
+Tensor squared_relu_autograd(const Tensor& x) { return SquaredRelu::apply(x); }
+
+struct SigmoidGate : torch::autograd::Function<SigmoidGate> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& r, const Tensor& x) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    static const auto op = find<Tensor(const Tensor&, const Tensor&)>("vrwkv_ops::sigmoid_gate");
+    ctx->save_for_backward({r, x});
+    return op.call(r, x);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    using Signature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&);
+    static const auto op = find<Signature>("vrwkv_ops::sigmoid_gate_backward");
+    const auto saved = ctx->get_saved_variables();
+    auto [gr, gx] = op.call(grads[0], saved[0], saved[1]);
+    return {gr, gx};
+  }
+};
+
+Tensor sigmoid_gate_autograd(const Tensor& r, const Tensor& x) { return SigmoidGate::apply(r, x); }
+
+// --- Gradients: a second derivative raises an error -------------------------------------------
+
+using Stack = torch::jit::Stack;
+
+struct DifferentiableOnce : torch::autograd::Function<DifferentiableOnce> {
+  static variable_list forward(AutogradContext* ctx, at::TensorList inputs, const c10::OperatorHandle& op,
+                               c10::DispatchKeySet keys, Stack* stack) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    ctx->saved_data["name"] = op.schema().name();
+    op.redispatchBoxed(keys & c10::after_autograd_keyset, stack);
+    variable_list results;
+    for (const auto& result : *stack) results.push_back(result.toTensor());
+    return results;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list&) {
+    const std::string name = ctx->saved_data["name"].toStringRef(), space = "vrwkv_ops::", suffix = "_backward";
+    const std::string op = name.substr(space.size(), name.size() - space.size() - suffix.size());
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        false, op,
+        " is differentiable once only. Call backward or torch.autograd.grad without create_graph=True, or use "
+        "vrwkv_ops.reference.",
+        op, "_reference for higher derivatives");
+  }
+};
+
+// The autograd rule of every NAME_backward.
+void differentiable_once(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
+  const size_t count = op.schema().arguments().size();
+  Stack arguments(std::make_move_iterator(stack->end() - count), std::make_move_iterator(stack->end()));
+  stack->resize(stack->size() - count);
+  variable_list inputs;
+  for (const auto& argument : arguments) {
+    if (argument.isTensor()) inputs.push_back(argument.toTensor());
+    if (argument.isTensorList())
+      for (const Tensor& x : argument.toTensorVector()) inputs.push_back(x);
+  }
+  for (const Tensor& result : DifferentiableOnce::apply(at::TensorList(inputs), op, keys, &arguments)) stack->push_back(result);
+}
+
+}  // namespace
+
+TORCH_LIBRARY(vrwkv_ops, m) {
+  for (const char* schema : {
+           "bi_wkv_forward(Tensor w, Tensor u, Tensor k, Tensor v, bool causal, bool save)"
+           " -> (Tensor y, Tensor y_residual, Tensor z)",
+           "bi_wkv_backward(Tensor gy, Tensor w, Tensor u, Tensor k, Tensor v, Tensor y, Tensor y_residual, Tensor z,"
+           " bool causal) -> (Tensor gw, Tensor gu, Tensor gk, Tensor gv)",
+           "q_shift(Tensor x, SymInt height, SymInt width, int shift_pixel, float channel_gamma, bool reverse, int heads=1) -> "
+           "Tensor",
+           "token_shift(Tensor x, Tensor mixes, SymInt height, SymInt width, int shift_pixel, float channel_gamma, str mode, "
+           "int heads=1)"
+           " -> Tensor[]",
+           "token_shift_backward(Tensor[] grads, Tensor x, Tensor mixes, SymInt height, SymInt width, int shift_pixel,"
+           " float channel_gamma, str mode, int heads=1) -> (Tensor gx, Tensor gmixes)",
+           "squared_relu(Tensor x) -> Tensor",
+           "squared_relu_backward(Tensor grad, Tensor x) -> Tensor",
+           "sigmoid_gate(Tensor r, Tensor x) -> Tensor",
+           "sigmoid_gate_backward(Tensor grad, Tensor r, Tensor x) -> (Tensor gr, Tensor gx)",
+       })
+    m.def(schema, {at::Tag::pt2_compliant_tag});
+  m.def("bi_wkv(Tensor w, Tensor u, Tensor k, Tensor v, bool causal) -> Tensor", {at::Tag::pt2_compliant_tag});
+  m.impl("bi_wkv", c10::DispatchKey::CompositeImplicitAutograd, TORCH_FN(bi_wkv));
+}
+
+TORCH_LIBRARY_IMPL(vrwkv_ops, Autograd, m) {
+  m.impl("bi_wkv_forward", bi_wkv_forward_autograd);
+  m.impl("q_shift", q_shift_autograd);
+  m.impl("token_shift", token_shift_autograd);
+  m.impl("squared_relu", squared_relu_autograd);
+  m.impl("sigmoid_gate", sigmoid_gate_autograd);
+  for (const char* name : {"bi_wkv_backward", "token_shift_backward", "squared_relu_backward", "sigmoid_gate_backward"})
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&differentiable_once>());
+}
+
+TORCH_LIBRARY_IMPL(vrwkv_ops, AutocastCPU, m) { m.impl("bi_wkv_forward", bi_wkv_forward_autocast<at::kCPU>); }
+TORCH_LIBRARY_IMPL(vrwkv_ops, AutocastCUDA, m) { m.impl("bi_wkv_forward", bi_wkv_forward_autocast<at::kCUDA>); }
