@@ -95,11 +95,15 @@ def load_model(cfg: Config, checkpoint: str | None = None) -> nn.Module:
             training does, but without loading ``Pretrained`` weights.
 
     Returns:
-        The model, in evaluation mode.
+        The model, in evaluation mode. Its ``dataset_meta`` has the classes that the checkpoint
+        names.
     """
     model = build_model(cfg)
     if checkpoint is not None:
-        load_checkpoint(model, str(checkpoint), map_location='cpu', strict=True, logger='silent')
+        loaded = load_checkpoint(
+            model, str(checkpoint), map_location='cpu', strict=True, logger='silent'
+        )
+        model.dataset_meta = loaded.get('meta', {}).get('dataset_meta')
         return model
     for module in model.modules():
         init_cfg = getattr(module, 'init_cfg', None)

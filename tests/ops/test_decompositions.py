@@ -1,0 +1,122 @@
+"""The operators in PyTorch's own operators, against a dense float64 formula and our kernels."""
+
+import pytest
+import torch
+from torch import nn
+from torch.export import Dim
+
+import vrwkv_ops
+from vrwkv_ops.decompositions import decompositions
+
+from .dense_bi_wkv import dense_bi_wkv
+
+
+class BiWKV(nn.Module):
+    def __init__(self, causal=False):
+        super().__init__()
+        self.causal = causal
+
+    def forward(self, w, u, k, v):
+        return vrwkv_ops.bi_wkv(w, u, k, v, causal=self.causal)
+
+
+def export(module, inputs, dynamic_shapes=None, **kwargs):
+    with torch.no_grad():
+        program = torch.export.export(module, inputs, dynamic_shapes=dynamic_shapes)
+        return program.run_decompositions(decompositions(**kwargs))
+
+
+def operators(program):
+    return [str(node.target) for node in program.graph.nodes if node.op == 'call_function']
+
+
+def problem(tokens, decay, seed=0):
+    """Both signs of decay; the largest reaches ``decay`` over the tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    k, v = (torch.randn(2, tokens, 16, generator=generator) for _ in range(2))
+    return torch.linspace(-1, 1, 16) * decay / tokens, torch.randn(16, generator=generator), 2 * k, v
+
+
+@pytest.mark.parametrize(
+    ('form', 'chunk', 'limit', 'causal'),
+    [
+        ('cumsum', 1, 40, False),
+        ('blocked', 1, 40, False),
+        ('chunked', 16, 900, False),
+        ('chunked', 4, 3000, False),
+        ('chunked', 16, 900, True),
+        ('auto', 16, 900, True),
+    ],
+)
+def test_forms_against_the_dense_formula(form, chunk, limit, causal):
+    """One graph of symbolic T; decays up to what docs/deployment.md promises."""
+    dims = dict(w=None, u=None, k={1: Dim('T', min=2)}, v={1: Dim('T', min=2)})
+    program = export(BiWKV(causal), problem(50, 1), dims, form=form, chunk=chunk)
+    assert not any('vrwkv_ops' in name for name in operators(program))
+    module = program.module()
+    for tokens in (196, 250, 1024):
+        for decay in (d for d in (0, 5, 40, 150, 900, 3000) if d <= limit):
+            w, u, k, v = problem(tokens, decay, seed=decay)
+            expected = dense_bi_wkv(w, u, k, v, causal)
+            error = (module(w, u, k, v) - expected).abs().max() / expected.abs().max()
+            # The rounding of float32 exponents of up to 40: 40 * 2^-24 = 2e-6, in a few factors.
+            assert error <= 1e-5, (tokens, decay, error)
+
+
+@pytest.mark.parametrize('form', ['cumsum', 'blocked'])
+def test_one_frame_is_not_causal(form):
+    with pytest.raises(ValueError, match="use form='chunked'"):
+        export(BiWKV(causal=True), problem(9, 1), form=form)
+
+
+@pytest.mark.parametrize('form', ['cumsum', 'blocked', 'chunked'])
+def test_number_of_operators_does_not_depend_on_tokens(form):
+    counts = {len(operators(export(BiWKV(), problem(t, 1), form=form))) for t in (64, 200, 1000)}
+    assert len(counts) == 1
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
+def test_dtypes(dtype):
+    w, u, k, v = problem(100, 5)
+    k, v = k.to(dtype), v.to(dtype)
+    found = export(BiWKV(), (w, u, k, v)).module()(w, u, k, v)
+    assert found.dtype == dtype
+    bar = 1e-12 if dtype == torch.float64 else 2**-8  # rounding of the result
+    w, u = w.to(torch.promote_types(dtype, torch.float32)), u
+    expected = dense_bi_wkv(w, u, k, v)
+    assert (found.double() - expected).abs().max() <= bar * expected.abs().max()
+
+
+class Shifts(nn.Module):
+    def __init__(self, mode, pixel, gamma):
+        super().__init__()
+        self.arguments = dict(shift_pixel=pixel, channel_gamma=gamma)
+        self.mode = mode
+
+    def forward(self, x, mixes):
+        grid = (5, 7)
+        shifted = vrwkv_ops.q_shift(x, grid, **self.arguments)
+        return shifted, *vrwkv_ops.token_shift(x, mixes, grid, mode=self.mode, **self.arguments)
+
+
+@pytest.mark.parametrize('mode', ['q_shift', 'single_shift', 'double_shift'])
+@pytest.mark.parametrize(('pixel', 'gamma'), [(1, 1 / 4), (2, 1 / 5), (0, 1 / 4)])
+def test_shifts_equal_the_operators(mode, pixel, gamma):
+    torch.manual_seed(0)
+    x, mixes = torch.randn(2, 35, 18), torch.rand(3, 18)
+    module = Shifts(mode, pixel, gamma)
+    program = export(module, (x, mixes))
+    assert not any('vrwkv_ops' in name for name in operators(program))
+    for found, expected in zip(program.module()(x, mixes), module(x, mixes), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+def test_wrong_calls():
+    with pytest.raises(ValueError, match='form must be one of auto, cumsum'):
+        decompositions('scan')
+    with pytest.raises(ValueError, match='chunk must be at least 1, got 0'):
+        decompositions(chunk=0)
+    with pytest.raises(ValueError, match=r'export it under torch\.no_grad'):
+        w, u, k, v = problem(9, 1)
+        program = torch.export.export(BiWKV(), (w, u, k.requires_grad_(), v))
+        program.run_decompositions(decompositions())

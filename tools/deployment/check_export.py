@@ -1,0 +1,96 @@
+"""Compare an exported model with PyTorch and DeiT: differences, and times side by side.
+
+The times of one image are taken in turns, a call of each after another; the table has medians.
+DeiT-T runs with PyTorch's flash attention, and in the same route as the file if that is ONNX.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from deployment import ERRORS
+
+from vrwkv.backbones import ViT
+from vrwkv.export import export_program, to_onnx
+from vrwkv.exported import load_exported
+from vrwkv_ops.benchmarking import describe_environment, markdown_table
+
+
+def deit_tiny() -> ViT:
+    """Return a backbone as large as DeiT-T."""
+    return ViT(embed_dims=192, depth=12, num_heads=3).eval()
+
+
+def interleaved(functions: dict[str, Callable], images: np.ndarray, repeats: int) -> dict:
+    """Return the median milliseconds of each function, called in turns."""
+    times = {name: [] for name in functions}
+    for _ in range(repeats + 1):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function(images)
+            times[name].append(1000 * (time.perf_counter() - start))
+    return {name: statistics.median(values[1:]) for name, values in times.items()}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Compare from the command line."""
+    command = argparse.ArgumentParser(description=__doc__)
+    command.add_argument('config')
+    command.add_argument('checkpoint')
+    command.add_argument('file', type=Path, help='.onnx, .xml or .pt2')
+    command.add_argument('--shape', type=int, nargs=2, metavar=('H', 'W'))
+    command.add_argument('--repeats', type=int, default=20)
+    args = command.parse_args(argv)
+    try:
+        run, metadata = load_exported(args.file)
+        shape = metadata['shape']
+        if shape is not None and args.shape is not None and args.shape != shape[2:]:
+            raise ValueError(f'{args.file} takes images of {shape[2:]}, got --shape {args.shape}')
+        size = args.shape or (shape[2:] if shape else None)
+        eager = export_program(
+            args.config, args.checkpoint, size=size, normalize=metadata['normalize']
+        )
+        model, shape = eager.model, next(iter(eager.errors))
+        images = torch.randn(shape, generator=torch.Generator().manual_seed(1)).numpy()
+
+        def in_eager(batch: np.ndarray) -> list[np.ndarray]:
+            with torch.no_grad():
+                return [y.numpy() for y in model(torch.from_numpy(batch))]
+
+        deit = deit_tiny()
+
+        def deit_in_eager(batch: np.ndarray) -> None:
+            with torch.no_grad():
+                deit(torch.from_numpy(batch))
+
+        expected, found = in_eager(images), run(images)
+        difference = max(
+            abs(a - b).max() / abs(b).max() for a, b in zip(found, expected, strict=True)
+        )
+        functions = {args.file.name: run, 'PyTorch, eager': in_eager}
+        if shape[1] == 3:
+            functions['DeiT-T, eager'] = deit_in_eager
+            if args.file.suffix == '.onnx':
+                with tempfile.TemporaryDirectory() as folder:
+                    file = to_onnx(deit, Path(folder, 'deit.onnx'), size=shape[2:]).path
+                    functions['DeiT-T, ONNX Runtime'] = load_exported(file)[0]
+        times = interleaved(functions, images, args.repeats)
+    except ERRORS as error:
+        sys.exit(f'Error: {error}')
+    print(f'Largest difference from PyTorch: {difference:.1e} of the largest output\n')
+    first = times[args.file.name]
+    rows = [(name, f'{ms:.1f}', f'{first / ms:.2f}') for name, ms in times.items()]
+    print(markdown_table(('model', 'ms per image', 'file / model'), rows))
+    print(f'\n{describe_environment("cpu")}')
+
+
+if __name__ == '__main__':
+    main()

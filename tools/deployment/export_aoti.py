@@ -1,0 +1,9 @@
+"""Compile a config's model with AOTInductor into a package that runs without Python."""
+
+from deployment import parser, run
+
+from vrwkv.export import to_aoti
+from vrwkv_ops.decompositions import FORMS
+
+if __name__ == '__main__':
+    run(to_aoti, parser(__doc__, '.pt2', ('operators', *FORMS)).parse_args())

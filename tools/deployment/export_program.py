@@ -1,0 +1,8 @@
+"""Export a config's model to a program of PyTorch's operators, for torch.export.load."""
+
+from deployment import parser, run
+
+from vrwkv.export import export_program
+
+if __name__ == '__main__':
+    run(export_program, parser(__doc__, '.pt2').parse_args())

@@ -1,0 +1,101 @@
+"""Run exported models: ONNX, OpenVINO and AOTInductor files, without the model's Python code."""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ._imports import explain_missing
+
+Runner = Callable[[np.ndarray], list[np.ndarray]]
+
+
+def load_exported(path: str | os.PathLike) -> tuple[Runner, dict[str, Any]]:
+    """Load an exported model, on the CPU.
+
+    Args:
+        path: A file of :mod:`vrwkv.export`: ``.onnx``, ``.xml`` or ``.pt2``.
+
+    Returns:
+        A function from a batch of images, float32 of shape ``(B, channels, H, W)``, to the list of
+        outputs, and the metadata (see :class:`vrwkv.export.Export`).
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ImportError: If the runtime is not installed.
+        ValueError: If the file is of another kind, or was written for another torch.
+    """
+    path = Path(path)
+    loaders = {'.onnx': _load_onnx, '.xml': _load_openvino, '.pt2': _load_pt2}
+    if path.suffix not in loaders:
+        raise ValueError(f'expected a file ending in {", ".join(loaders)}, got {path}')
+    if not path.is_file():
+        raise FileNotFoundError(f'{path} does not exist')
+    packages = ('onnxruntime', 'openvino')
+    with explain_missing(f'{path.name}', extra='deployment', brings=packages):
+        return loaders[path.suffix](path)
+
+
+def _load_onnx(path: Path) -> tuple[Runner, dict[str, Any]]:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(os.fspath(path), providers=['CPUExecutionProvider'])
+    name = session.get_inputs()[0].name
+    facts = session.get_modelmeta().custom_metadata_map.get('vrwkv', '{}')
+    return lambda images: session.run(None, {name: images}), json.loads(facts)
+
+
+def _load_openvino(path: Path) -> tuple[Runner, dict[str, Any]]:
+    import openvino
+
+    core = openvino.Core()
+    model = core.read_model(path)
+    facts = model.get_rt_info('vrwkv').astype(str) if model.has_rt_info('vrwkv') else '{}'
+    # Some processors would compute in bfloat16.
+    compiled = core.compile_model(model, 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
+    return lambda images: [y.copy() for y in compiled(images).values()], json.loads(facts)
+
+
+def _load_pt2(path: Path) -> tuple[Runner, dict[str, Any]]:
+    import torch
+
+    facts, version = _read_pt2(path)
+    if version is None:
+        module = torch.export.load(path).module()
+    elif version != torch.__version__:
+        raise ValueError(
+            f'{path} was compiled by torch {version}, and this is torch {torch.__version__}: '
+            'export it again here'
+        )
+    else:
+        if facts.get('form') == 'operators':
+            import vrwkv_ops  # noqa: F401 (its library has the operators)
+        module = torch._inductor.aoti_load_package(os.fspath(path))
+
+    def run(images: np.ndarray) -> list[np.ndarray]:
+        with torch.no_grad():
+            return [y.numpy() for y in module(torch.from_numpy(images))]
+
+    return run, facts
+
+
+def _read_pt2(path: Path) -> tuple[dict[str, Any], str | None]:
+    """Return the metadata and, if the program is compiled, the version of torch."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                if name.endswith('_metadata.json'):
+                    compiled = json.loads(archive.read(name))
+                    if 'vrwkv' in compiled:
+                        return json.loads(compiled['vrwkv']), compiled['torch']
+                if name.endswith('extra/vrwkv'):
+                    return json.loads(archive.read(name)), None
+    except (zipfile.BadZipFile, json.JSONDecodeError) as error:
+        raise ValueError(f'{path} is damaged, or no .pt2 file: {error}') from error
+    raise ValueError(f'{path} was not written by vrwkv.export')
