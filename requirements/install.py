@@ -26,7 +26,7 @@ PURPOSES = {
     'lint': ('test',),
     'demo': ('base', 'demo', 'classification'),
     'dense': ('base', 'demo', 'classification', 'dense'),
-    'test': ('base', 'demo', 'classification', 'dense', 'test'),
+    'test': ('base', 'demo', 'classification', 'dense', 'deployment', 'test'),
 }
 MMCV = {'mmcv', 'mmcv_lite', 'onedl_mmcv'}  # they install the same folder
 DISK_GIB = 10  # torch for CUDA unpacks to 5 GB; the rest is downloads and compiled files

@@ -7,6 +7,7 @@ PyTorch on several sizes before it writes a file. docs/deployment.md compares th
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -314,7 +315,9 @@ def to_aoti(
     return export
 
 
-def quantize_onnx(path: str | os.PathLike, out: str | os.PathLike, images: Iterable[Tensor]) -> Path:
+def quantize_onnx(
+    path: str | os.PathLike, out: str | os.PathLike, images: Iterable[Tensor]
+) -> Path:
     """Quantise linear layers and convolutions of an ONNX file to 8-bit integers.
 
     Weights are quantised per channel; the ranges of activations come from calibration images.
@@ -452,20 +455,19 @@ def _choose_form(
             f"form='{form}' computes attention in both directions, and this model has "
             "causal=True: use form='chunked'"
         )
+    broken = [layer for layer, decay in decays.items() if not math.isfinite(decay)]
+    if broken:
+        raise ValueError(f'{broken[0]}.spatial_decay is not finite')
     layer = max(decays, key=decays.get)
     largest = decays[layer]
-    if not largest <= float('inf') or largest == float('inf'):
-        raise ValueError(f'{layer}.spatial_decay is not finite')
     fits = largest <= ONE_FRAME_LIMIT and not causal
     if form in ('cumsum', 'blocked') and not fits:
         raise ValueError(
             f"form='{form}' holds for a total decay over the image of up to {ONE_FRAME_LIMIT}, and "
             f"{layer}.spatial_decay reaches {largest:.0f}: use form='chunked'"
         )
-    if form == 'auto' and fits:
-        return 'cumsum', CHUNK
-    if form == 'blocked' or form == 'cumsum':
-        return form, CHUNK
+    if fits and form != 'chunked':
+        return 'cumsum' if form == 'auto' else form, CHUNK
     patch = _patch(deployable)
     tokens = 4 if dynamic else (shape[2] // patch) * (shape[3] // patch)
     if dynamic and largest > ONE_FRAME_LIMIT:

@@ -34,7 +34,12 @@ def problem(tokens, decay, seed=0):
     """Both signs of decay; the largest reaches ``decay`` over the tokens."""
     generator = torch.Generator().manual_seed(seed)
     k, v = (torch.randn(2, tokens, 16, generator=generator) for _ in range(2))
-    return torch.linspace(-1, 1, 16) * decay / tokens, torch.randn(16, generator=generator), 2 * k, v
+    return (
+        torch.linspace(-1, 1, 16) * decay / tokens,
+        torch.randn(16, generator=generator),
+        2 * k,
+        v,
+    )
 
 
 @pytest.mark.parametrize(
@@ -116,7 +121,7 @@ def test_wrong_calls():
         decompositions('scan')
     with pytest.raises(ValueError, match='chunk must be at least 1, got 0'):
         decompositions(chunk=0)
+    w, u, k, v = problem(9, 1)
+    program = torch.export.export(BiWKV(), (w, u, k.requires_grad_(), v))
     with pytest.raises(ValueError, match=r'export it under torch\.no_grad'):
-        w, u, k, v = problem(9, 1)
-        program = torch.export.export(BiWKV(), (w, u, k.requires_grad_(), v))
         program.run_decompositions(decompositions())

@@ -89,7 +89,8 @@ def main(argv: list[str] | None = None) -> None:
     first = times[args.file.name]
     rows = [(name, f'{ms:.1f}', f'{first / ms:.2f}') for name, ms in times.items()]
     print(markdown_table(('model', 'ms per image', 'file / model'), rows))
-    print(f'\n{describe_environment("cpu")}')
+    facts = describe_environment(torch.device('cpu'))
+    print('\n' + '\n'.join(f'- {name}: {fact}' for name, fact in facts.items()))
 
 
 if __name__ == '__main__':

@@ -26,9 +26,7 @@ def parser(description: str, suffix: str, forms: Sequence[str] = FORMS) -> argpa
     result.add_argument('checkpoint', help='file or URL of the weights')
     result.add_argument('out', type=Path, help=f'the file to write, {suffix}')
     size = result.add_mutually_exclusive_group()
-    size.add_argument(
-        '--shape', type=int, nargs=2, metavar=('H', 'W'), help='pixels of the images'
-    )
+    size.add_argument('--shape', type=int, nargs=2, metavar=('H', 'W'), help='pixels of the images')
     size.add_argument('--dynamic', action='store_true', help='take images of any size and number')
     result.add_argument('--batch', type=int, default=1, help='images at a time (default: 1)')
     result.add_argument(

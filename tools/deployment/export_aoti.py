@@ -5,5 +5,11 @@ from deployment import parser, run
 from vrwkv.export import to_aoti
 from vrwkv_ops.decompositions import FORMS
 
+
+def main(argv: list[str] | None = None) -> None:
+    """Export from the command line."""
+    run(to_aoti, parser(__doc__, '.pt2', ('operators', *FORMS)).parse_args(argv))
+
+
 if __name__ == '__main__':
-    run(to_aoti, parser(__doc__, '.pt2', ('operators', *FORMS)).parse_args())
+    main()

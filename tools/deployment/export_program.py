@@ -4,5 +4,11 @@ from deployment import parser, run
 
 from vrwkv.export import export_program
 
+
+def main(argv: list[str] | None = None) -> None:
+    """Export from the command line."""
+    run(export_program, parser(__doc__, '.pt2').parse_args(argv))
+
+
 if __name__ == '__main__':
-    run(export_program, parser(__doc__, '.pt2').parse_args())
+    main()
