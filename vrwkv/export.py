@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from vrwkv_ops.decompositions import CHUNK, FORMS, decompositions
+from vrwkv_ops.decomposition import CHUNK, FORMS, decompositions
 
 from ._imports import explain_missing
 from .exported import Runner, load_exported

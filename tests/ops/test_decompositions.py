@@ -6,7 +6,7 @@ from torch import nn
 from torch.export import Dim
 
 import vrwkv_ops
-from vrwkv_ops.decompositions import decompositions
+from vrwkv_ops.decomposition import decompositions
 
 from .dense_bi_wkv import dense_bi_wkv
 
@@ -93,9 +93,9 @@ def test_dtypes(dtype):
 
 
 class Shifts(nn.Module):
-    def __init__(self, mode, pixel, gamma):
+    def __init__(self, mode, pixel, gamma, heads):
         super().__init__()
-        self.arguments = dict(shift_pixel=pixel, channel_gamma=gamma)
+        self.arguments = dict(shift_pixel=pixel, channel_gamma=gamma, heads=heads)
         self.mode = mode
 
     def forward(self, x, mixes):
@@ -105,11 +105,13 @@ class Shifts(nn.Module):
 
 
 @pytest.mark.parametrize('mode', ['q_shift', 'single_shift', 'double_shift'])
-@pytest.mark.parametrize(('pixel', 'gamma'), [(1, 1 / 4), (2, 1 / 5), (0, 1 / 4)])
-def test_shifts_equal_the_operators(mode, pixel, gamma):
+@pytest.mark.parametrize(
+    ('pixel', 'gamma', 'heads'), [(1, 1 / 4, 1), (2, 1 / 5, 1), (0, 1 / 4, 1), (1, 1 / 4, 3)]
+)
+def test_shifts_equal_the_operators(mode, pixel, gamma, heads):
     torch.manual_seed(0)
     x, mixes = torch.randn(2, 35, 18), torch.rand(3, 18)
-    module = Shifts(mode, pixel, gamma)
+    module = Shifts(mode, pixel, gamma, heads)
     program = export(module, (x, mixes))
     assert not any('vrwkv_ops' in name for name in operators(program))
     for found, expected in zip(program.module()(x, mixes), module(x, mixes), strict=True):

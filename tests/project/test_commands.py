@@ -26,7 +26,8 @@ LISTED = subprocess.run(
     ['git', 'ls-files', '--cached', '--others', '--exclude-standard', '*.md'],
     cwd=ROOT, check=True, capture_output=True, text=True,
 ).stdout  # fmt: skip
-PROGRAMS = ('python', 'pip', 'pre-commit', 'uv', 'mim', 'make', 'torchrun', 'srun')
+PROGRAMS = ('python', 'pip', 'pre-commit', 'uv', 'mim', 'make', 'torchrun', 'srun', 'g++')
+BUILT = ('run_aoti',)  # by a command before; tests/tools/test_export.py builds and runs it
 RECORD = """#!/bin/sh
 { printf '%s\\t' "$(basename "$0")" "$@"; echo; } >> "$COMMANDS"
 """
@@ -56,9 +57,9 @@ def checkout(tmp_path_factory):
     programs = folder / '.venv' / 'bin'
     programs.mkdir(parents=True)
     (programs / 'activate').touch()
-    for name in PROGRAMS:
-        (programs / name).write_text(RECORD)
-        (programs / name).chmod(0o755)
+    for path in (*(programs / name for name in PROGRAMS), *(folder / name for name in BUILT)):
+        path.write_text(RECORD)
+        path.chmod(0o755)
     return folder
 
 
@@ -165,6 +166,8 @@ def run_recorded(program, arguments, checkout, monkeypatch, seen):
                 assert (ROOT / folder / 'pyproject.toml').is_file()
                 text = (ROOT / 'pyproject.toml').read_text()
                 assert not extras or f'\n{extras.removesuffix("]")} = [' in text
+    elif program == 'python' and arguments[0] == '-c':
+        compile(arguments[1], '-c', 'exec')
     elif program == 'python' and arguments[0] == '-m':
         assert importlib.util.find_spec(arguments[1])
     elif program == 'python':
@@ -175,7 +178,7 @@ def run_recorded(program, arguments, checkout, monkeypatch, seen):
         else:
             run_script(path, arguments[1:], monkeypatch)
     else:
-        assert program == 'pre-commit'
+        assert program in ('pre-commit', 'g++', *BUILT)
 
 
 @pytest.mark.parametrize('page', PAGES)

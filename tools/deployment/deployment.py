@@ -14,7 +14,7 @@ from mmengine.registry import DATASETS, DefaultScope, init_default_scope
 from torch import Tensor
 
 from vrwkv.export import Deployable, Export
-from vrwkv_ops.decompositions import FORMS
+from vrwkv_ops.decomposition import FORMS
 
 ERRORS = (FileNotFoundError, ImportError, OSError, RuntimeError, TypeError, ValueError)
 

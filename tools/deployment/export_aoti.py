@@ -3,7 +3,7 @@
 from deployment import parser, run
 
 from vrwkv.export import to_aoti
-from vrwkv_ops.decompositions import FORMS
+from vrwkv_ops.decomposition import FORMS
 
 
 def main(argv: list[str] | None = None) -> None:

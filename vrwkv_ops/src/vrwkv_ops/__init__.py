@@ -12,7 +12,8 @@ if not hasattr(torch.library, 'register_fake'):
         "Type: pip install --upgrade 'torch>=2.4'"
     )
 
+from vrwkv_ops.decomposition import decompositions
 from vrwkv_ops.ops import bi_wkv, q_shift, sigmoid_gate, squared_relu, token_shift
 
 __version__ = '0.1.0'
-__all__ = ['bi_wkv', 'q_shift', 'sigmoid_gate', 'squared_relu', 'token_shift']
+__all__ = ['bi_wkv', 'decompositions', 'q_shift', 'sigmoid_gate', 'squared_relu', 'token_shift']

@@ -180,31 +180,30 @@ def _chunked(w, u, k, v, causal: bool, chunk: int) -> Tensor:
 # --- Token shifts ------------------------------------------------------------------------------
 
 
-def _shift(x: Tensor, height, width, pixel: int, gamma: float, mode: str) -> Tensor:
-    """Shift groups of channels with slices and padding."""
-    grid = x.unflatten(1, (height, width))
-    bounds = shift_bounds(x.shape[2], gamma, mode)
-    parts = []
-    for group in range(4):
+def _shift(x: Tensor, height, width, pixel: int, gamma: float, mode: str, heads: int) -> Tensor:
+    """Shift groups of channels, which repeat in each head, with slices and padding."""
+    grid = x.unflatten(1, (height, width)).unflatten(3, (heads, x.shape[2] // heads))
+    bounds = shift_bounds(grid.shape[-1], gamma, mode)
+    parts = [grid[..., bounds[4] :]]
+    for group in reversed(range(4)):
         part = grid[..., bounds[group] : bounds[group + 1]]
         if part.shape[-1] == 0:
             continue
         axis, forward = (2, 1)[group // 2], group % 2 == 0
-        size = part.shape[axis]
-        kept = part.narrow(axis, 0 if forward else pixel, size - pixel) if pixel else part
-        sides = (pixel, 0) if forward else (0, pixel)
-        parts.append(F.pad(kept, (0, 0, *sides) if axis == 2 else (0, 0, 0, 0, *sides)))
-    parts.append(grid[..., bounds[4] :])
-    return torch.cat(parts, -1).flatten(1, 2)
+        if pixel:
+            part = part.narrow(axis, 0 if forward else pixel, part.shape[axis] - pixel)
+            part = F.pad(part, (0, 0) * (4 - axis) + ((pixel, 0) if forward else (0, pixel)))
+        parts.insert(0, part)
+    return torch.cat(parts, -1).flatten(3).flatten(1, 2)
 
 
-def _q_shift(x, height, width, shift_pixel, channel_gamma, reverse):
+def _q_shift(x, height, width, shift_pixel, channel_gamma, reverse, heads=1):
     if reverse:
         raise ValueError('decompositions() serve inference: export under torch.no_grad()')
-    return _shift(x, height, width, shift_pixel, channel_gamma, 'q_shift')
+    return _shift(x, height, width, shift_pixel, channel_gamma, 'q_shift', heads)
 
 
-def _token_shift(x, mixes, height, width, shift_pixel, channel_gamma, mode):
+def _token_shift(x, mixes, height, width, shift_pixel, channel_gamma, mode, heads=1):
     own = x.to(mixes.dtype)
-    shifted = _shift(own, height, width, shift_pixel, channel_gamma, mode)
+    shifted = _shift(own, height, width, shift_pixel, channel_gamma, mode, heads)
     return [torch.lerp(shifted, own, mix).to(x.dtype) for mix in mixes.unbind()]
