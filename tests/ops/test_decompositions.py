@@ -1,5 +1,6 @@
 """The operators in PyTorch's own operators, against a dense float64 formula and our kernels."""
 
+import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -54,18 +55,22 @@ def problem(tokens, decay, seed=0):
     ],
 )
 def test_forms_against_the_dense_formula(form, chunk, limit, causal):
-    """One graph of symbolic T; decays up to what docs/deployment.md promises."""
+    """One graph of symbolic T, in PyTorch and ONNX Runtime; decays up to what the docs promise."""
     dims = dict(w=None, u=None, k={1: Dim('T', min=2)}, v={1: Dim('T', min=2)})
     program = export(BiWKV(causal), problem(50, 1), dims, form=form, chunk=chunk)
     assert not any('vrwkv_ops' in name for name in operators(program))
     module = program.module()
-    for tokens in (196, 250, 1024):
+    file = torch.onnx.export(program, dynamo=True, verbose=False).model_proto.SerializeToString()
+    session = onnxruntime.InferenceSession(file, providers=['CPUExecutionProvider'])
+    for tokens in (196, 250, 500):
         for decay in (d for d in (0, 5, 40, 150, 900, 3000) if d <= limit):
-            w, u, k, v = problem(tokens, decay, seed=decay)
-            expected = dense_bi_wkv(w, u, k, v, causal)
-            error = (module(w, u, k, v) - expected).abs().max() / expected.abs().max()
-            # The rounding of float32 exponents of up to 40: 40 * 2^-24 = 2e-6, in a few factors.
-            assert error <= 1e-5, (tokens, decay, error)
+            inputs = dict(zip('wukv', problem(tokens, decay, seed=decay), strict=True))
+            expected = dense_bi_wkv(**inputs, causal=causal)
+            (in_onnx,) = session.run(None, {name: x.numpy() for name, x in inputs.items()})
+            for found in (module(*inputs.values()), torch.from_numpy(in_onnx)):
+                error = (found - expected).abs().max() / expected.abs().max()
+                # The rounding of float32 exponents of up to 40: 40 * 2^-24 = 2e-6, a few times.
+                assert error <= 1e-5, (tokens, decay, error)
 
 
 @pytest.mark.parametrize('form', ['cumsum', 'blocked'])
