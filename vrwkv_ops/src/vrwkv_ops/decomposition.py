@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vrwkv_ops.checks import shift_bounds
+from vrwkv_ops.checks import accumulation_dtype, shift_bounds
 
 #: The forms of Bi-WKV that :func:`decompositions` accepts.
 FORMS = ('auto', 'cumsum', 'blocked', 'chunked')
@@ -53,8 +53,15 @@ def decompositions(form: str = 'auto', chunk: int = CHUNK) -> dict:
     if chunk < 1:
         raise ValueError(f'chunk must be at least 1, got {chunk}')
     ops = torch.ops.vrwkv_ops
+    bi_wkv_forward = partial(_bi_wkv, form=form, chunk=chunk)
+
+    def bi_wkv(w, u, k, v, causal):
+        dtype = accumulation_dtype(k.dtype)
+        return bi_wkv_forward(w.to(dtype), u.to(dtype), k, v, causal, save=False)[0]
+
     return {
-        ops.bi_wkv_forward.default: partial(_bi_wkv, form=form, chunk=chunk),
+        ops.bi_wkv.default: bi_wkv,
+        ops.bi_wkv_forward.default: bi_wkv_forward,
         ops.q_shift.default: _q_shift,
         ops.token_shift.default: _token_shift,
         ops.squared_relu.default: lambda x: F.relu(x).square(),
