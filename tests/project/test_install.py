@@ -63,7 +63,7 @@ def test_each_purpose_installs_its_requirements_and_mmcv_without_operators(make)
     assert make('lint') == ['test']
     assert make('demo') == [*demo, 'mmcv-lite']
     assert make('dense') == [*demo, 'dense']
-    assert make('test') == [*demo, 'dense', 'test']
+    assert make('test') == [*demo, 'dense', 'deployment', 'test']
 
 
 @pytest.mark.parametrize('flavour', ['openmmlab', 'onedl'])
