@@ -62,7 +62,7 @@ matrix: install-lint ## Try Pythons, versions and flavours, and write the table 
 
 # Two processes with one thread each are faster on two cores than one process with two threads.
 unit:
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: install-lint ## Check style and spelling
 	$(VENV)/bin/ruff check .

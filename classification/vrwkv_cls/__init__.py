@@ -13,6 +13,7 @@ with explain_missing('vrwkv_cls', extra='classification', brings=('mmpretrain', 
 
     patches.read_checkpoints_safely()
     patches.find_packages_without_pkg_resources()
+    patches.prepare_configs_once()
     patches.skip_byte_order_marks()
     patches.check_before_loading(checks.require_classes_fit)
     patches.keep_scope_of_mmpretrain()

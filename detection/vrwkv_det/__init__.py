@@ -15,6 +15,7 @@ with explain_missing('vrwkv_det', extra='detection', brings=('mmdet', 'mmcv')):
 
     patches.read_checkpoints_safely()
     patches.find_packages_without_pkg_resources()
+    patches.prepare_configs_once()
     patches.skip_byte_order_marks()
     patches.skip_byte_order_marks_in_coco()
     patches.keep_scope_of_mmdet()

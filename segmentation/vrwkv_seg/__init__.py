@@ -16,6 +16,7 @@ with explain_missing('vrwkv_seg', extra='segmentation', brings=('mmseg', 'mmcv',
 
     patches.read_checkpoints_safely()
     patches.find_packages_without_pkg_resources()
+    patches.prepare_configs_once()
     patches.skip_byte_order_marks()
     patches.keep_scope_of_mmseg()
     patches.check_images_of_mmseg()

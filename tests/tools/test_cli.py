@@ -14,7 +14,7 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 from PIL import Image
 
-from vrwkv.engine import LabelMapsHook, PicturesHook, VRWKVRunner, cli
+from vrwkv.engine import LabelMapsHook, PicturesHook, VRWKVRunner, cli, patches
 from vrwkv.engine.outputs import OutputNames
 
 
@@ -487,3 +487,18 @@ def test_verbose(toy_config, capsys, tmp_path):
     screen = capsys.readouterr().out
     for text in ('Config:', 'Hooks will be', 'a print', 'mind this', 'Epoch(train)'):
         assert text in screen
+
+
+def test_a_config_is_formatted_once_and_an_index_read_once(monkeypatch):
+    """mmengine formats a run's config three times, and reads all metafiles for each base."""
+    from mmengine.config import config, utils
+
+    calls = []
+    monkeypatch.setattr(config, 'FormatCode', lambda text, **_: (calls.append(text) or text, 1))
+    monkeypatch.setattr(utils, 'load', lambda path: calls.append(path) or {'path': path})
+    patches.prepare_configs_once.__wrapped__()
+    first, second = config.Config(dict(a=1)), config.Config(dict(a=2))
+    texts = [first.pretty_text, first.pretty_text, second.pretty_text]
+    assert texts[0] == texts[1] != texts[2]
+    assert utils.load('x.yml') is utils.load('x.yml')
+    assert calls == [texts[0], texts[2], 'x.yml']

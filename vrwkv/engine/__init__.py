@@ -14,6 +14,7 @@ from .runner import VRWKVRunner, find_checkpoints
 
 patches.read_checkpoints_safely()
 patches.find_packages_without_pkg_resources()
+patches.prepare_configs_once()
 patches.skip_byte_order_marks()
 
 __all__ = [
