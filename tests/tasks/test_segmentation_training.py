@@ -223,7 +223,10 @@ def test_heads_of_other_classes_end_a_run(write_config, data_root, tmp_path):
 
 
 def test_whole_vs_slide(write_config, load_script, monkeypatch, capsys):
-    """The command's table, for images of four channels; a peak holds at least the logits, 4 bytes for each class and pixel."""
+    """The command's table for images of four channels.
+
+    A peak holds at least the logits, 4 bytes for each class and pixel.
+    """
     tool = load_script('tools/analysis_tools/whole_vs_slide.py')
     changes = """
 model['backbone']['in_channels'] = 4
