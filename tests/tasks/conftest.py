@@ -1,5 +1,8 @@
-"""Running the demos; small configs of the three tasks."""
+"""Running the demos and two processes; small configs of the three tasks."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,6 +39,30 @@ def tool_calls(load_script, monkeypatch):
 
     monkeypatch.setattr(load_script('demo/demo_tools.py'), 'run_tool', run_tool)
     return calls
+
+
+@pytest.fixture
+def two_processes(free_port, tmp_path):
+    """Run tools in turn in the same two processes, which import OpenMMLab's packages once."""
+    script = tmp_path / 'two_processes.py'
+    script.write_text("""
+import json, sys
+import mmengine.config.config
+from vrwkv.engine import cli
+mmengine.config.config.FormatCode = lambda text, **kwargs: (text, True)
+for tool, *arguments in json.loads(sys.argv[1]):
+    getattr(cli, tool)([*arguments, '--launcher', 'pytorch'])
+""")
+
+    def run(*commands):
+        torchrun = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2']
+        arguments = [f'--master_port={free_port}', str(script), json.dumps(commands, default=str)]
+        result = subprocess.run(
+            [*torchrun, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=300
+        )
+        assert result.returncode == 0, result.stdout + result.stderr
+
+    return run
 
 
 @pytest.fixture(scope='session')

@@ -149,7 +149,7 @@ def test_mixed_precision(write_config, data_root, load, tmp_path):
     assert 'coco/segm_mAP_50' in json.loads(out.read_text())
 
 
-def test_two_processes(write_config, data_root, run, load, free_port, tmp_path):
+def test_two_processes(write_config, data_root, two_processes, load, tmp_path):
     """They share the images out, train one model, and measure what one process measures."""
     # One of them gets images without a single object: every parameter still takes part.
     content = json.loads((data_root / 'annotations/train.json').read_text())
@@ -160,15 +160,17 @@ train_dataloader['dataset']['filter_cfg'] = dict(filter_empty_gt=False)
 train_dataloader['sampler'] = dict(type='DefaultSampler', shuffle=False)
 """
     config, work_dir = write_config('two', epochs=1, changes=changes), tmp_path / 'work'
-    run('dist_train.sh', config, 2, '--work-dir', work_dir, '--no-validate', PORT=free_port)
     checkpoint = work_dir / 'epoch_1.pth'
+    outs = [tmp_path / f'{number}.json' for number in (1, 2)]
+    options = ['--work-dir', str(work_dir), '--out-item', 'metrics', '--out']
+    two_processes(
+        ['train', config, '--work-dir', work_dir, '--no-validate'],
+        ['test', config, checkpoint, *options, outs[1]],
+    )
     saved = load(checkpoint)
     assert saved['meta']['iter'] == SCENES['train'] / (2 * 2)
     assert all(w.isfinite().all() for w in saved['state_dict'].values())
-    outs = [tmp_path / f'{number}.json' for number in (1, 2)]
-    options = ['--work-dir', str(work_dir), '--out-item', 'metrics', '--out']
     cli.test([str(config), str(checkpoint), *options, str(outs[0])])
-    run('dist_test.sh', config, checkpoint, 2, *options, outs[1], PORT=free_port)
     one, two = (json.loads(out.read_text()) for out in outs)
     # Averages over the same detections, in one process of which batches are smaller.
     assert one == pytest.approx(two, abs=1e-3)

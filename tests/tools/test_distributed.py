@@ -97,6 +97,25 @@ def test_usage(script, run):
 
 
 @pytest.mark.parametrize('task', ['train', 'test'])
+def test_torchrun(task, run, repository, tmp_path):
+    """A stand-in for torchrun prints its arguments, one in a line."""
+    fake = tmp_path / 'bin' / 'torchrun'
+    fake.parent.mkdir()
+    fake.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    fake.chmod(0o755)
+    checkpoint = ['my weights.pth'] if task == 'test' else []
+    result = run(
+        f'dist_{task}.sh', 'a b.py', *checkpoint, 4, '--cfg-options', 'a.b="c d"',
+        PATH=f'{fake.parent}:/usr/bin:/bin', NNODES='3', NODE_RANK='2', MASTER_ADDR='m0', PORT='7',
+    )  # fmt: skip
+    assert result.stdout.splitlines() == [
+        '--nnodes=3', '--node_rank=2', '--master_addr=m0', '--master_port=7', '--nproc_per_node=4',
+        str(repository / 'tools' / f'{task}.py'), 'a b.py', *checkpoint,
+        '--launcher', 'pytorch', '--cfg-options', 'a.b="c d"',
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize('task', ['train', 'test'])
 def test_slurm(task, run, repository, tmp_path, monkeypatch):
     """A stand-in for srun prints its arguments, one in a line."""
     fake = tmp_path / 'bin' / 'srun'
