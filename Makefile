@@ -61,8 +61,9 @@ matrix: install-lint ## Try Pythons, versions and flavours, and write the table 
 	$(RUN) requirements/matrix.py
 
 # Two processes with one thread each are faster on two cores than one process with two threads.
+# The tests start many processes: each would compile OpenMMLab anew if Python kept no bytecode.
 unit:
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: install-lint ## Check style and spelling
 	$(VENV)/bin/ruff check .
