@@ -33,6 +33,8 @@ SETTINGS = (
     'param_scheduler',
 )
 
+MODELS = ('vrwkv-nano', 'vrwkv6-nano')
+
 # Colours that colour-blind readers can distinguish.
 RIGHT, WRONG = '#00876c', '#d1495b'
 
@@ -116,6 +118,11 @@ class Progress:
         """Show the last state."""
         if self.text:
             print('' if sys.stdout.isatty() else self.text, flush=True)
+
+
+def backbone_name(config: Path) -> str:
+    """Return the name of a config's backbone, for pictures."""
+    return Config.fromfile(config).model.backbone.type.replace('Adapter', '-Adapter')
 
 
 def is_newer(path: Path, than: Path) -> bool:
@@ -225,11 +232,17 @@ def run_demo(
         next_step: Advice for what to do next.
     """
     parser = make_parser(documentation, 'work_dirs/<name of the config>')
+    parser.add_argument('config', nargs='?', type=Path, help=f'default: {default}')
     parser.add_argument(
-        'config', nargs='?', default=default, type=Path, help='default: %(default)s'
+        '--model',
+        choices=MODELS,
+        help=f'the model of the default config: {MODELS[0]} (default) or {MODELS[1]}',
     )
     args = parser.parse_args()
-    config = args.config.resolve()
+    if args.config and args.model:
+        parser.error('give a config or --model, not both')
+    name = default.name.replace('vrwkv-', (args.model or MODELS[0]).removesuffix('nano'))
+    config = (args.config or default.with_name(name)).resolve()
     work_dir = (args.work_dir or ROOT / 'work_dirs' / config.stem).resolve()
     cfg = Config.fromfile(config)
     data_root = ROOT / cfg.test_dataloader.dataset.data_root

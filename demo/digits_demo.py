@@ -1,4 +1,4 @@
-"""Train a small VRWKV on handwritten digits, test it, and draw its predictions on unseen ones.
+"""Train a small VRWKV or VRWKV6 on handwritten digits, test it, and draw its predictions.
 
 Finished steps are not repeated: a second run only prints the result, and an interrupted training
 continues from its last checkpoint.
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import matplotlib as mpl
 import numpy as np
-from demo_tools import RIGHT, ROOT, WRONG, run_demo
+from demo_tools import RIGHT, ROOT, WRONG, backbone_name, run_demo
 
 from vrwkv.analysis.drawing import picture
 from vrwkv_cls.datasets import write_digits
@@ -46,7 +46,7 @@ def predict(config: Path, checkpoint: Path, folder: Path) -> list[Prediction]:
     ]
 
 
-def draw(predictions: list[Prediction], accuracy: float, out: Path) -> None:
+def draw(predictions: list[Prediction], accuracy: float, out: Path, model: str = 'VRWKV') -> None:
     """Draw the hardest images for the model and, below them, a random sample.
 
     The hardest are the mistakes, the most confident first, then the least confident right answers.
@@ -69,7 +69,7 @@ def draw(predictions: list[Prediction], accuracy: float, out: Path) -> None:
     with picture(out, figsize=(13, 8.8)) as (fig, _):
         fig.clear()  # subfigures instead
         fig.suptitle(
-            f'VRWKV on handwritten digits: {accuracy:.1f} % of {total} unseen images right',
+            f'{model} on handwritten digits: {accuracy:.1f} % of {total} unseen images right',
             fontsize=20,
             fontweight='bold',
         )
@@ -103,7 +103,8 @@ def draw_checkpoint(
     config: Path, checkpoint: Path, data_root: Path, metrics: dict[str, float], out: Path
 ) -> None:
     """Draw the predictions of a checkpoint."""
-    draw(predict(config, checkpoint, data_root / 'val'), metrics['accuracy/top1'], out)
+    predictions = predict(config, checkpoint, data_root / 'val')
+    draw(predictions, metrics['accuracy/top1'], out, backbone_name(config))
 
 
 def main() -> None:

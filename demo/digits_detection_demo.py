@@ -1,4 +1,4 @@
-"""Train Mask R-CNN with a small VRWKV-Adapter to detect handwritten digits on photographs.
+"""Train Mask R-CNN with a small VRWKV- or VRWKV6-Adapter to detect digits on photographs.
 
 Write the images, train, test on held-out images, and draw the detections on some of them. Finished
 steps are not repeated: a second run only prints the result, and an interrupted training continues
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import matplotlib as mpl
 import numpy as np
 import torch
-from demo_tools import RIGHT, ROOT, WRONG, run_demo
+from demo_tools import RIGHT, ROOT, WRONG, backbone_name, run_demo
 from digit_scenes import DIGITS, write_coco
 from mmengine.config import Config
 from PIL import Image
@@ -90,14 +90,19 @@ def _overlap(a: list[float], b: list[float]) -> float:
     return box_iou(torch.tensor([a]), torch.tensor([b])).item()
 
 
-def draw(detections: dict[Path, list[Found]], metrics: dict[str, float], out: Path) -> None:
+def draw(
+    detections: dict[Path, list[Found]],
+    metrics: dict[str, float],
+    out: Path,
+    model: str = 'VRWKV-Adapter',
+) -> None:
     """Draw images with boxes, masks and labels, right ones in one colour, others in another."""
     columns = 4
     rows = -(-len(detections) // columns)
     size = (13, 3.25 * rows + 1.3)
     with picture(out, rows, columns, figsize=size, dpi=110, squeeze=False) as (fig, axes):
         fig.suptitle(
-            'Mask R-CNN with VRWKV-Adapter on unseen images\n'
+            f'Mask R-CNN with {model} on unseen images\n'
             f'AP50 of boxes {metrics["coco/bbox_mAP_50"]:.3f}, of masks '
             f'{metrics["coco/segm_mAP_50"]:.3f}. Red: wrong, dashed: missed',
             fontsize=15,
@@ -138,7 +143,8 @@ def draw_checkpoint(
     config: Path, checkpoint: Path, data_root: Path, metrics: dict[str, float], out: Path
 ) -> None:
     """Draw the detections of a checkpoint."""
-    draw(detect(config, checkpoint, data_root, count=12), metrics, out)
+    detections = detect(config, checkpoint, data_root, count=12)
+    draw(detections, metrics, out, backbone_name(config))
 
 
 def report(cfg: Config, metrics: dict[str, float]) -> str:

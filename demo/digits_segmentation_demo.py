@@ -1,4 +1,4 @@
-"""Train UperNet with a small VRWKV-Adapter to segment handwritten digits on photographs.
+"""Train UperNet with a small VRWKV- or VRWKV6-Adapter to segment handwritten digits on photographs.
 
 Write the images, train, test on held-out images, and draw some of them with truth and prediction.
 Finished steps are not repeated: a second run only prints the result, and an interrupted training
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import matplotlib as mpl
 import numpy as np
-from demo_tools import ROOT, run_demo
+from demo_tools import ROOT, backbone_name, run_demo
 from digit_scenes import write_ade20k
 from mmengine.config import Config
 from PIL import Image
@@ -50,7 +50,12 @@ def segment(config: Path, checkpoint: Path, data_root: Path, count: int) -> list
 
 
 def draw(
-    results: list[Result], classes: list[str], palette: list[list[int]], miou: float, out: Path
+    results: list[Result],
+    classes: list[str],
+    palette: list[list[int]],
+    miou: float,
+    out: Path,
+    model: str = 'VRWKV-Adapter',
 ) -> None:
     """Draw images, truths and predictions side by side."""
     side_by_side = 2
@@ -58,7 +63,7 @@ def draw(
     size = (13, 2.15 * rows + 1.6)
     colours = np.array(palette, np.uint8)
     with picture(out, rows, columns, figsize=size, dpi=110, squeeze=False) as (fig, axes):
-        fig.suptitle(f'UperNet with VRWKV-Adapter on unseen images: mIoU {miou:.1f} %', fontsize=15)
+        fig.suptitle(f'UperNet with {model} on unseen images: mIoU {miou:.1f} %', fontsize=15)
         for ax in axes.flat:
             ax.axis('off')
         for ax, title in zip(axes[0], ('image', 'truth', 'prediction') * side_by_side, strict=True):
@@ -81,9 +86,9 @@ def draw_checkpoint(
     config: Path, checkpoint: Path, data_root: Path, metrics: dict[str, float], out: Path
 ) -> None:
     """Draw the predictions of a checkpoint."""
-    classes = Config.fromfile(config).metainfo
+    meta = Config.fromfile(config).metainfo
     results = segment(config, checkpoint, data_root, count=12)
-    draw(results, classes.classes, classes.palette, metrics['mIoU'], out)
+    draw(results, meta.classes, meta.palette, metrics['mIoU'], out, backbone_name(config))
 
 
 def report(cfg: Config, metrics: dict[str, float]) -> str:

@@ -22,6 +22,7 @@ from .layers import resize_pos_embed
 #: A parameter that tells each family of models from the others, and the name of the family.
 FAMILIES = {
     'layers.0.att.spatial_decay': 'VRWKV',
+    'layers.0.att.time_decay': 'VRWKV6',
     'layers.0.attn.qkv.weight': 'ViT',
     'decoder_blocks.0.att.spatial_decay': 'MAEVRWKVDecoder',
 }
@@ -29,6 +30,7 @@ FAMILIES = {
 #: its dimensions, and how to compute the argument.
 ARGUMENTS = (
     ('embed_dims', 'patch_embed.projection.weight', 4, lambda shape: shape[0]),
+    ('num_heads', 'layers.0.att.time_faaaa', 2, lambda shape: shape[0]),
     ('hidden_rate', 'layers.0.ffn.key.weight', 2, lambda shape: shape[0] / shape[1]),
     ('mlp_ratio', 'layers.0.ffn.layers.0.0.weight', 2, lambda shape: shape[0] / shape[1]),
     ('in_channels', 'patch_embed.projection.weight', 4, lambda shape: shape[1]),
@@ -186,7 +188,8 @@ def _require_family(
             f'prefix={elsewhere[0]!r})'
         )
     elif other:
-        message += f'. It is the checkpoint of another model, a {other[0]}'
+        kind = type(module).__name__.replace(FAMILIES[marker], other[0])
+        message += f'. It is the checkpoint of another model, a {other[0]}: set type={kind!r}'
     else:
         message += '. Is it the checkpoint of another model?'
     raise CheckpointError(f'{message} {remedy}'.rstrip())

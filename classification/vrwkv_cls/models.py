@@ -2,6 +2,7 @@
 
 from mmpretrain.registry import MODELS
 
-from vrwkv.backbones import VRWKV
+from vrwkv.backbones import VRWKV, VRWKV6
 
-MODELS.register_module(module=VRWKV)
+for module in (VRWKV, VRWKV6):
+    MODELS.register_module(module=module)

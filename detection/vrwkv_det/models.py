@@ -2,9 +2,9 @@
 
 from mmdet.registry import MODELS
 
-from vrwkv.backbones import VRWKV, ViT, ViTAdapter, VRWKVAdapter
+from vrwkv.backbones import VRWKV, VRWKV6, ViT, ViTAdapter, VRWKV6Adapter, VRWKVAdapter
 
 from .simple_fpn import SimpleFPN
 
-for module in (VRWKV, VRWKVAdapter, ViT, ViTAdapter, SimpleFPN):
+for module in (VRWKV, VRWKVAdapter, VRWKV6, VRWKV6Adapter, ViT, ViTAdapter, SimpleFPN):
     MODELS.register_module(module=module)

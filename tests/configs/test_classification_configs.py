@@ -25,7 +25,8 @@ LARGE = 'vrwkv-large_in21k-pre_16xb64_in1k-384px'
 IN22K = 'vrwkv-large_32xb128-90e_in21k-192px'
 BAMBOO = 'vrwkv-large_32xb128-90e_bamboo47k-192px'
 CUSTOM = 'vrwkv-tiny_in1k-pre_1xb64-50e_custom'
-SCRATCH = [TINY, SMALL, BASE]
+SIX = {size.replace('vrwkv', 'vrwkv6'): size for size in (TINY, SMALL, BASE)}
+SCRATCH = [TINY, SMALL, BASE, *SIX]
 IMAGENET = [*SCRATCH, LARGE]
 ALL = sorted(path.stem for path in CONFIGS.glob('*.py'))
 
@@ -109,6 +110,20 @@ def test_backbone_arguments(name, expected):
         assert backbone.get(key, default.get(key, 0)) == value, key
 
 
+@pytest.mark.parametrize(('name', 'plain'), SIX.items())
+def test_vrwkv6_is_trained_as_vrwkv(name, plain):
+    """Upstream's configs differ in the type, the heads and the layer scale of Small."""
+    six, plain = load(name), load(plain)
+    backbone = plain.model.backbone | dict(
+        type='VRWKV6', num_heads=plain.model.head.in_channels // 64
+    )
+    if 'small' in name:
+        backbone.init_values = 1e-5
+    assert six.model.pop('backbone') == backbone
+    del plain.model['backbone']
+    assert six.to_dict() == plain.to_dict()
+
+
 @pytest.mark.parametrize('name', ALL)
 def test_the_total_batch_in_the_name_is_the_one_of_the_rate(name):
     cfg = load(name)
@@ -129,7 +144,7 @@ def test_weight_decay_spares_norms_and_biases_only(name):
     spared = set()
     for module_name, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False):
-            is_spared = isinstance(module, nn.LayerNorm) or key == 'bias'
+            is_spared = isinstance(module, (nn.LayerNorm, nn.GroupNorm)) or key == 'bias'
             assert decay[id(parameter)] == (0 if is_spared else 0.05), f'{module_name}.{key}'
             if is_spared:
                 spared.add(key)
@@ -329,6 +344,8 @@ def test_trains_and_predicts(name):
     """At reduced width and depth: a loss, a gradient for every parameter, a prediction."""
     cfg = load(name)
     cfg.model.backbone.update(embed_dims=16, depth=2, init_cfg=None)
+    if 'num_heads' in cfg.model.backbone:
+        cfg.model.backbone.num_heads = 2
     cfg.model.head.in_channels = 16
     if 'mid_channels' in cfg.model.head:
         cfg.model.head.mid_channels = [24]

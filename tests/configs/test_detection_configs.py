@@ -13,6 +13,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DefaultScope
 
 import vrwkv_det  # noqa: F401
+from vrwkv.backbones import VRWKV6Adapter
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs/detection'
 # Name: millions of parameters of the backbone in the paper's Table 3, width, drop path, and the
@@ -33,6 +34,8 @@ TABLE = {
 }
 PLAIN = 'vrwkv-tiny_simple'
 COCO = [*TABLE, PLAIN]
+# Heads of 64 channels, and millions of parameters, which are not in the paper.
+SIX = {'tiny': (3, 9.89), 'small': (6, 33.12), 'base': (12, 117.81)}
 
 
 @cache
@@ -71,7 +74,24 @@ def mmdets():
 
 
 def test_every_config_is_tested():
-    assert {path_of(name).name for name in COCO} == {p.name for p in CONFIGS.glob('*_coco.py')}
+    tested = {path_of(name).name for name in [*COCO, *(f'vrwkv6-adapter-{size}' for size in SIX)]}
+    assert tested == {p.name for p in CONFIGS.glob('*_coco.py')}
+
+
+@pytest.mark.parametrize('size', SIX)
+def test_vrwkv6_has_vrwkvs_recipe(size):
+    heads, millions = SIX[size]
+    six, plain = (load(f'{kind}-adapter-{size}').to_dict() for kind in ('vrwkv6', 'vrwkv'))
+    backbone, expected = six['model'].pop('backbone'), plain['model'].pop('backbone')
+    expected |= dict(type='VRWKV6Adapter', num_heads=heads)
+    checkpoint = expected['init_cfg']['checkpoint']
+    expected['init_cfg']['checkpoint'] = checkpoint.replace('vrwkv_', 'vrwkv6_')
+    assert backbone == expected
+    assert six == plain
+    with torch.device('meta'):
+        backbone = VRWKV6Adapter(**{key: backbone[key] for key in backbone if key != 'type'})
+    parameters = sum(p.numel() for p in backbone.parameters())
+    assert parameters / 1e6 == pytest.approx(millions, abs=0.005)
 
 
 @pytest.mark.parametrize('name', TABLE)

@@ -7,7 +7,7 @@ from mmengine.analysis import FlopAnalyzer
 from torch import nn
 
 from vrwkv.analysis.flops import FLOP_HANDLERS
-from vrwkv.backbones import ViTAdapter, VRWKVAdapter
+from vrwkv.backbones import ViTAdapter, VRWKV6Adapter, VRWKVAdapter
 
 # The paper's 800x1333 is padded to multiples of 32.
 SIZES = ((512, 512), (800, 1344))
@@ -102,6 +102,24 @@ def test_vrwkv_adapter(name):
     for size, expected in zip(SIZES, flops, strict=True):
         scale = size[0] * size[1] / (PROBE[0] * PROBE[1])
         assert sum(counts.values()) * scale / 1e9 == paper(expected), size
+
+
+@pytest.mark.parametrize(
+    ('name', 'parameters'), [('tiny', 9.89), ('small', 33.12), ('base', 117.81)]
+)
+def test_vrwkv6_adapter(name, parameters):
+    """VRWKV's adapter, on a backbone with VRWKV6's additional products and scan."""
+    heads = SIZE_ARGUMENTS[name]['embed_dims'] // 64
+    arguments = {**SIZE_ARGUMENTS[name], **VRWKV_ARGUMENTS[name]}
+    model = build(VRWKV6Adapter, num_heads=heads, **arguments)
+    assert millions(model) == pytest.approx(parameters, abs=0.005)
+    six, plain = count(model, PROBE), count(build(VRWKVAdapter, **arguments), PROBE)
+    layers = PROBE[0] * PROBE[1] // 256 * model.embed_dims * model.depth
+    # Per token and channel: state elements and element-wise work, low ranks, gate, group norm.
+    assert six.pop('bi_wkv6') == layers * (7 * 64 + 17)
+    assert plain.pop('bi_wkv') == layers * 29
+    difference = sum(six.values()) - sum(plain.values())
+    assert difference == pytest.approx(layers * (320 + 128 + model.embed_dims), rel=0.02)
 
 
 @pytest.mark.parametrize('name', VIT_TABLE)

@@ -14,7 +14,7 @@ from mmengine.analysis import (
 from torch import nn
 
 from vrwkv.analysis import complexity, input_channels, register_flop_handlers
-from vrwkv.backbones import VRWKV, ViT
+from vrwkv.backbones import VRWKV, VRWKV6, ViT
 
 C, DEPTH, SIZE = 16, 3, (64, 96)
 TOKENS = SIZE[0] * SIZE[1] // 16**2
@@ -54,6 +54,19 @@ def test_vrwkv(images, shift_mode):
     assert analyzer.by_operator() == by_hand(2 * TOKENS)
     unknown = [name for name in analyzer.unsupported_ops() if 'vrwkv_ops' in name]
     assert unknown == []  # a new operator needs a handler in vrwkv/analysis/flops.py
+
+
+@pytest.mark.parametrize(
+    ('dims', 'billions'), [(192, 1.659), (384, 5.745), (768, 21.2)], ids=['tiny', 'small', 'base']
+)
+def test_vrwkv6(dims, billions):
+    """At 224 pixels, by the formula of upstream's script; all but the head grows with the image."""
+    with torch.device('meta'):
+        model = VRWKV6(embed_dims=dims, num_heads=dims // 64)
+    model = model.to_empty(device='cpu').eval()
+    analyzer = FlopAnalyzer(model, torch.zeros(1, 3, 32, 32))
+    assert [name for name in analyzer.unsupported_ops() if 'vrwkv_ops' in name] == []
+    assert analyzer.total() * (224 / 32) ** 2 / 1e9 == pytest.approx(billions, rel=0.015)
 
 
 def test_vit(images):

@@ -129,12 +129,16 @@ def test_weights_of_another_family_are_named():
 
 # --- grids of as many tokens --------------------------------------------------------------------
 
-every_backbone = pytest.mark.parametrize('name', ['VRWKV', 'ViT', 'VRWKVAdapter', 'ViTAdapter'])
+every_backbone = pytest.mark.parametrize(
+    'name', ['VRWKV', 'VRWKV6', 'ViT', 'VRWKVAdapter', 'VRWKV6Adapter', 'ViTAdapter']
+)
 
 
 def backbone(name, height, width):
     """A small backbone of that many patches, with a random position embedding."""
     arguments = dict(img_size=(16 * height, 16 * width), embed_dims=12, depth=4)
+    if 'VRWKV6' in name:
+        arguments |= dict(embed_dims=24, num_heads=1)
     if 'Adapter' in name:
         arguments |= dict(conv_inplane=4, deform_num_heads=3, norm_cfg=dict(type='BN'))
     model = getattr(backbones, name)(**arguments)
@@ -145,7 +149,7 @@ def backbone(name, height, width):
 def resized(model, target):
     """The position embedding on another grid; a ViT's first token is the class token's slot."""
     slot, grid = model.pos_embed.data.split([*slots(model), 16], dim=1)
-    grid = grid.reshape(1, *model.patch_resolution, 12).permute(0, 3, 1, 2)
+    grid = grid.unflatten(1, model.patch_resolution).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, size=target, mode='bicubic', align_corners=False)
     return torch.cat([slot, grid.flatten(2).transpose(1, 2)], dim=1)
 

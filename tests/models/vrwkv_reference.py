@@ -1,4 +1,4 @@
-"""What the model tests share: a small model, and VRWKV written out in plain PyTorch."""
+"""What the model tests share: a small model, VRWKV and VRWKV6 written out in plain PyTorch."""
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +48,7 @@ def reference(params, image, config):
     """Compute every layer's map from a state dict, by the design's formulas."""
     config = {
         'shift_mode': 'q_shift', 'shift_pixel': 1, 'channel_gamma': 1 / 4, 'post_norm': False,
-        'causal': False, 'final_norm': True, 'interpolate_mode': 'bicubic',
+        'num_heads': 1, 'causal': False, 'final_norm': True, 'interpolate_mode': 'bicubic',
     } | config  # fmt: skip
     dims, patch, depth = config['embed_dims'], config['patch_size'], config['depth']
     sides = (
@@ -60,12 +60,15 @@ def reference(params, image, config):
             return x
         return F.layer_norm(x, x.shape[-1:], params[f'{name}.weight'], params[f'{name}.bias'])
 
+    def neighbour(x):
+        shift = [config[name] for name in ('shift_mode', 'shift_pixel', 'channel_gamma')]
+        heads = x.chunk(config['num_heads'], -1)
+        return torch.cat([shift_by_loop(head, *shift, grid) for head in heads], -1)
+
     def shifted(name, x):
         if config['shift_mode'] == 'none':
             return x
-        neighbours = shift_by_loop(
-            x, config['shift_mode'], config['shift_pixel'], config['channel_gamma'], grid
-        )
+        neighbours = neighbour(x)
         mix = params[name]
         return x * mix + neighbours * (1 - mix)
 
@@ -76,6 +79,36 @@ def reference(params, image, config):
         w, u = (params[f'{name}.{p}'] / x.shape[1] for p in ('spatial_decay', 'spatial_first'))
         y = norm(f'{name}.key_norm', bi_wkv_reference(w, u, k, v, config['causal']))
         return (r.sigmoid() * y) @ params[f'{name}.output.weight'].T
+
+    def attention6(name, x):
+        delta = neighbour(x) - x
+        z = x + delta * params[f'{name}.time_maa_x']
+        low = (z @ params[f'{name}.time_maa_w1']).tanh().chunk(5, -1)
+        w, k, v, r, g = (
+            x + delta * (params[f'{name}.time_maa_{f}'] + part @ params[f'{name}.time_maa_w2'][i])
+            for i, (f, part) in enumerate(zip('wkvrg', low, strict=True))
+        )
+        k, v, r, g = (
+            y @ params[f'{name}.{linear}.weight'].T
+            for y, linear in ((k, 'key'), (v, 'value'), (r, 'receptance'), (g, 'gate'))
+        )
+        low_w = (w @ params[f'{name}.time_decay_w1']).tanh() @ params[f'{name}.time_decay_w2']
+        log_decay = -(params[f'{name}.time_decay'] + low_w).exp()
+        y = torch.zeros_like(x)
+        size = dims // config['num_heads']
+        for first in range(0, dims, size):
+            head = slice(first, first + size)
+            for t in range(x.shape[1]):
+                for i in range(x.shape[1]):
+                    between = log_decay[:, min(t, i) + 1 : max(t, i), head].sum(1).exp()
+                    if i == t:
+                        between = params[f'{name}.time_faaaa'][first // size]
+                    a = (r[:, t, head] * between * k[:, i, head]).sum(-1, keepdim=True)
+                    y[:, t, head] += a * v[:, i, head]
+        y = norm(f'{name}.key_norm', y).unflatten(-1, (-1, size))
+        y = F.layer_norm(y, (size,)).flatten(-2)
+        y = y * params[f'{name}.ln_x.weight'] + params[f'{name}.ln_x.bias']
+        return (y * g * g.sigmoid()) @ params[f'{name}.output.weight'].T
 
     def feed_forward(name, x):
         k = shifted(f'{name}.spatial_mix_k', x) @ params[f'{name}.key.weight'].T
@@ -95,8 +128,9 @@ def reference(params, image, config):
     for i in range(depth):
         layer = f'layers.{i}'
         x = norm(f'{layer}.ln0', x)
-        for part, ln, gamma in ((attention, 'ln1', 'gamma1'), (feed_forward, 'ln2', 'gamma2')):
-            name = f'{layer}.{"att" if part is attention else "ffn"}'
+        spatial = attention6 if f'{layer}.att.time_decay' in params else attention
+        for part, ln, gamma in ((spatial, 'ln1', 'gamma1'), (feed_forward, 'ln2', 'gamma2')):
+            name = f'{layer}.{"att" if part is spatial else "ffn"}'
             if config['post_norm']:
                 y = norm(f'{layer}.{ln}', part(name, x))
             else:

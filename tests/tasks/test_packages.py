@@ -26,9 +26,17 @@ from vrwkv.engine import patches
 @pytest.mark.parametrize(
     ('module', 'library', 'names'),
     [
-        ('vrwkv_cls', 'mmpretrain', ['VRWKV']),
-        ('vrwkv_det', 'mmdet', ['VRWKV', 'VRWKVAdapter', 'ViT', 'ViTAdapter']),
-        ('vrwkv_seg', 'mmseg', ['VRWKV', 'VRWKVAdapter', 'ViT', 'ViTAdapter']),
+        ('vrwkv_cls', 'mmpretrain', ['VRWKV', 'VRWKV6']),
+        (
+            'vrwkv_det',
+            'mmdet',
+            ['VRWKV', 'VRWKVAdapter', 'VRWKV6', 'VRWKV6Adapter', 'ViT', 'ViTAdapter'],
+        ),
+        (
+            'vrwkv_seg',
+            'mmseg',
+            ['VRWKV', 'VRWKVAdapter', 'VRWKV6', 'VRWKV6Adapter', 'ViT', 'ViTAdapter'],
+        ),
     ],
 )
 def test_libraries_have_the_very_classes(module, library, names):

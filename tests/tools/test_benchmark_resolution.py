@@ -42,8 +42,8 @@ def test_plain_attention_holds_all_pairs_of_tokens(tool, model, holds):
 
 
 def test_models_are_of_one_size(tool):
-    """The paper's Table 2: 6.2M and 5.7M without their heads of 0.2M."""
-    for model, millions in ((tool.OURS, 6.0), (PLAIN, 5.5)):
+    """The paper's Table 2: 6.2M and 5.7M without their heads of 0.2M; VRWKV6: upstream's 7.6M."""
+    for model, millions in ((tool.OURS, 6.0), (tool.SIX, 7.4), (PLAIN, 5.5)):
         count = sum(p.numel() for p in tool.build(model, 'tiny', 224).parameters())
         assert count / 1e6 == pytest.approx(millions, abs=0.1)
 
@@ -100,12 +100,13 @@ def test_table_json_and_plot(tool, monkeypatch, tmp_path, capsys):
     """All of it in small, the figures in this process."""
     monkeypatch.setattr(tool, 'measure_apart', tool.measure)
     arguments = ['--device', 'cpu', '--resolutions', '32', '48', '--repeats', '1', '--train']
-    assert tool.main([*arguments, '--memory-limit', '0', '--out', str(tmp_path)]) == 0
+    arguments += ['--vrwkv6', '--memory-limit', '0', '--out', str(tmp_path)]
+    assert tool.main(arguments) == 0
     content = json.loads((tmp_path / 'resolution.json').read_text())
-    assert [row['model'] for row in content['rows']] == ['VRWKV', PLAIN, FLASH] * 2
+    assert [row['model'] for row in content['rows']] == ['VRWKV', 'VRWKV6', PLAIN, FLASH] * 2
     assert all(row['images_per_second'] > 0 for row in content['rows'])
     assert content['settings']['step'] == 'training step'
-    assert capsys.readouterr().out.count('| tiny |') == 6
+    assert capsys.readouterr().out.count('| tiny |') == 8
     assert (tmp_path / 'resolution.png').stat().st_size > 10000
 
 

@@ -5,7 +5,8 @@ attention, which does not. Every figure comes from its own process. Memory is th
 input and the pass: resident memory on a CPU, PyTorch's allocations on a GPU. The table reports
 models that do not fit in memory or take longer than --timeout.
 
-A peer replaces bi_wkv in a VRWKV. It is refused if its result differs in any layer.
+A peer replaces bi_wkv in a VRWKV. It is refused if its result differs in any layer. --vrwkv6 adds
+VRWKV6.
 
   python tools/analysis_tools/benchmark_resolution.py --resolutions 224 512 --sizes tiny small
 """
@@ -30,7 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vrwkv.analysis.drawing import COLOURS, picture
 from vrwkv.analysis.measurement import peak_memory, seconds
-from vrwkv.backbones import VRWKV, ViT
+from vrwkv.backbones import VRWKV, VRWKV6, ViT
 from vrwkv.layers import mix
 from vrwkv_ops import bi_wkv
 from vrwkv_ops.benchmarking import (
@@ -49,7 +50,7 @@ ATTENTION = {
     'DeiT, plain attention': [SDPBackend.MATH],
     'DeiT, flash attention': [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION],
 }
-OURS = 'VRWKV'
+OURS, SIX = 'VRWKV', 'VRWKV6'
 PATCH = 16
 # Accepted difference of a peer's result from ours: each has an error up to 1e-5, or 2^-9.
 PEER_BAR = {'float32': 2e-5, 'bfloat16': 2**-8}
@@ -86,6 +87,8 @@ def build(model: str, size: str, resolution: int) -> nn.Module:
     sizes = dict(img_size=resolution, embed_dims=WIDTHS[size], depth=12)
     if model in ATTENTION:
         return ViT(num_heads=WIDTHS[size] // HEAD_DIMS, **sizes)
+    if model == SIX:
+        return VRWKV6(num_heads=WIDTHS[size] // HEAD_DIMS, **sizes)
     return VRWKV(**sizes)
 
 
@@ -199,7 +202,8 @@ def run(args: argparse.Namespace) -> list[Row]:
     for size in args.sizes:
         failed = {}
         for resolution in sorted(args.resolutions):
-            for model in (OURS, *(peer.name for peer in args.peer), *ATTENTION):
+            ours = (OURS, SIX) if args.vrwkv6 else (OURS,)
+            for model in (*ours, *(peer.name for peer in args.peer), *ATTENTION):
                 if model in failed:
                     row = Row(size, model, resolution, note=f'not tried after {failed[model]}')
                 else:
@@ -259,6 +263,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default='float32',
         help='bfloat16: under autocast (default: float32)',
     )
+    parser.add_argument('--vrwkv6', action='store_true', help='measure VRWKV6, too')
     parser.add_argument('--train', action='store_true', help='forward and backward pass')
     parser.add_argument(
         '--timeout', type=positive_int, default=120, help='seconds for a figure (default: 120)'
@@ -278,7 +283,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if min(args.resolutions) < PATCH:
         parser.error(f'--resolutions start at {PATCH} (a patch), got {min(args.resolutions)}')
     names = [peer.name for peer in args.peer]
-    if len({*names, OURS, *ATTENTION}) < len(names) + 1 + len(ATTENTION):
+    if len({*names, OURS, SIX, *ATTENTION}) < len(names) + 2 + len(ATTENTION):
         parser.error(f'--peer needs names that differ from each other and from ours, got {names}')
     return args
 

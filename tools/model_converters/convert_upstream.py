@@ -36,10 +36,11 @@ def take_weights(checkpoint: Mapping, ema: bool) -> dict[str, Tensor]:
     weights = {name.removeprefix('module.'): value for name, value in weights.items()}
     if 'blocks.0.att.spatial_decay' in weights:
         return from_upstream_mae(weights)
-    if not any(name.endswith('layers.0.att.spatial_decay') for name in weights):
+    markers = ('layers.0.att.spatial_decay', 'layers.0.att.time_decay')
+    if not any(name.endswith(markers) for name in weights):
         raise CheckpointError(
-            "these are not the weights of a VRWKV: no name ends in 'layers.0.att.spatial_decay' "
-            f'({", ".join(list(weights)[:3])}, ...)'
+            f'these are not the weights of a VRWKV or VRWKV6: no name ends in {markers[0]!r} or '
+            f'{markers[1]!r} ({", ".join(list(weights)[:3])}, ...)'
         )
     rename_mlp_head(weights)
     return weights

@@ -38,6 +38,19 @@ def bi_wkv_flops(inputs: list[Any], outputs: list[Any]) -> int:
     return BI_WKV_FLOPS * prod(get_shape(inputs[2]))
 
 
+def bi_wkv6_flops(inputs: list[Any], outputs: list[Any]) -> int:
+    """Count Bi-WKV of VRWKV6 and the element-wise work of its layer, as upstream does.
+
+    Args:
+        inputs: Values of a traced ``vrwkv_ops::bi_wkv6``.
+        outputs: Not used.
+
+    Returns:
+        7 for each element of a state, N for each channel of heads of N, and 17 more.
+    """
+    return (7 * get_shape(inputs[4])[1] + 17) * prod(get_shape(inputs[0]))
+
+
 def attention_flops(inputs: list[Any], outputs: list[Any]) -> int:
     """Count both matrix products of an attention.
 
@@ -71,6 +84,7 @@ def deformable_attention_flops(inputs: list[Any], outputs: list[Any]) -> int:
 #: count elementwise operators.
 FLOP_HANDLERS: dict[str, Handle] = {
     'vrwkv_ops::bi_wkv': bi_wkv_flops,
+    'vrwkv_ops::bi_wkv6': bi_wkv6_flops,
     'vrwkv_ops::q_shift': elementwise_flop_counter(0, 0),
     'vrwkv_ops::token_shift': elementwise_flop_counter(0, 0),
     'vrwkv_ops::squared_relu': elementwise_flop_counter(0, 0),
@@ -82,6 +96,7 @@ FLOP_HANDLERS: dict[str, Handle] = {
 #: Activation handlers by operator: the number of output values.
 ACTIVATION_HANDLERS: dict[str, Handle] = {
     'vrwkv_ops::bi_wkv': generic_activation_jit(),
+    'vrwkv_ops::bi_wkv6': generic_activation_jit(),
     'aten::scaled_dot_product_attention': generic_activation_jit(),
 }
 

@@ -7,12 +7,14 @@ from importlib import import_module
 
 from .vit import ViT
 from .vrwkv import VRWKV
+from .vrwkv6 import VRWKV6
 
 # A star import must work without mmcv, so the adapters are not in it.
-__all__ = ['VRWKV', 'ViT']
+__all__ = ['VRWKV', 'VRWKV6', 'ViT']
 
 _LAZY = {
     'AdapterMixin': 'vrwkv_adapter',
+    'VRWKV6Adapter': 'vrwkv_adapter',
     'VRWKVAdapter': 'vrwkv_adapter',
     'ViTAdapter': 'vit_adapter',
 }

@@ -21,6 +21,7 @@ from ..layers.adapter import (
 from ..mmcv_ops import serve_mmcv_ops
 from ..weights import require_whole
 from .vrwkv import VRWKV
+from .vrwkv6 import VRWKV6
 
 with explain_missing('the adapter', extra='detection', brings=('mmcv',)):
     serve_mmcv_ops()
@@ -265,6 +266,15 @@ class VRWKVAdapter(AdapterMixin, VRWKV):
     name, but neither ``out_indices`` nor ``final_norm``, and returns maps at strides 4, 8, 16 and
     32. Parameters are named as in the released weights. The weights of a classifier's VRWKV load,
     too; the adapter's own parameters then keep their initial values.
+    """
+
+
+class VRWKV6Adapter(AdapterMixin, VRWKV6):
+    """VRWKV6 with a ViT-Adapter, for detection and segmentation.
+
+    Ours: upstream has VRWKV6 for classification only, and no such weights. It takes the arguments
+    of :class:`AdapterMixin` and of :class:`~vrwkv.backbones.VRWKV6` as :class:`VRWKVAdapter` does,
+    and loads the weights of a classifier's VRWKV6.
     """
 
 

@@ -2,6 +2,7 @@
 
 from .drop_path import DropPath
 from .mix import INIT_MODES, ChannelMix, SpatialMix
+from .mix6 import SpatialMix6
 from .patch_embed import PatchEmbed
 from .position_embedding import resize_pos_embed
 from .residual import ResidualLayer
@@ -16,6 +17,7 @@ __all__ = [
     'PatchEmbed',
     'ResidualLayer',
     'SpatialMix',
+    'SpatialMix6',
     'TokenShift',
     'VRWKVLayer',
     'resize_pos_embed',
