@@ -12,7 +12,7 @@ from mmpretrain.models.utils import build_2d_sincos_position_embedding
 from mmpretrain.registry import MODELS
 from torch import Tensor, nn
 
-from vrwkv.backbones import VRWKV
+from vrwkv.backbones import VRWKV, VRWKV6
 from vrwkv.layers import resize_pos_embed, vrwkv_layer
 from vrwkv.layers._checks import check_choice, check_int, check_number, check_rate
 from vrwkv.weights import LOAD_BACKBONE, require_fit
@@ -21,14 +21,13 @@ from vrwkv.weights import LOAD_BACKBONE, require_fit
 SHIFT_MODES = ('double_shift', 'single_shift', 'none')
 
 
-@MODELS.register_module()
-class MAEVRWKV(VRWKV):
-    """VRWKV as the encoder of MAE: it runs on the patches that the mask keeps.
+class MAEEncoderMixin:
+    """Turn a backbone into the encoder of MAE: it runs on the patches that the mask keeps.
 
-    Implementation of `Masked Autoencoders Are Scalable Vision Learners
+    Put it before the backbone among the bases of a class. Implementation of `Masked Autoencoders Are Scalable Vision Learners
     <https://arxiv.org/abs/2111.06377>`_ with `Vision-RWKV <https://arxiv.org/abs/2403.02308>`_
-    (section 4.4, "MAE Pre-training"). The parameters are those of a
-    :class:`~vrwkv.backbones.VRWKV`, which fine-tunes them, also with Q-Shift.
+    (section 4.4, "MAE Pre-training"). The parameters are those of the backbone, which fine-tunes
+    them, also with Q-Shift.
 
     Args:
         img_size: Side of the images in pixels, a multiple of ``patch_size``. Masked images must
@@ -41,7 +40,7 @@ class MAEVRWKV(VRWKV):
             order of the image, which they have in fine-tuning.
         pos_embed_twice: Whether to add the position embedding twice, as upstream's code does. For
             upstream's weights only.
-        **kwargs: Further arguments of :class:`~vrwkv.backbones.VRWKV`.
+        **kwargs: Further arguments of the backbone.
 
     Raises:
         TypeError: If an argument has a wrong type.
@@ -93,7 +92,7 @@ class MAEVRWKV(VRWKV):
         _init_pos_embed(self.pos_embed)
 
     def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Turn images into tokens, as :meth:`vrwkv.backbones.VRWKV.embed`."""
+        """Turn images into tokens, as the backbone does."""
         x, resolution = super().embed(x)
         if self.pos_embed_twice:
             x = x + resize_pos_embed(
@@ -114,8 +113,7 @@ class MAEVRWKV(VRWKV):
             With a mask: the features of the ``K`` kept patches, of shape ``(B, K, C)``; the mask of
             shape ``(B, L)``, 1 for each of the ``L`` patches that is removed; and the indices, of
             shape ``(B, L)``, that restore the order of the image from the kept patches followed by
-            the removed ones. Without a mask: feature maps, as from
-            :meth:`vrwkv.backbones.VRWKV.forward`.
+            the removed ones. Without a mask: feature maps, as from the backbone.
 
         Raises:
             TypeError: If the images are not floating point.
@@ -139,6 +137,16 @@ class MAEVRWKV(VRWKV):
         if self.ln1 is not None:
             x = self.ln1(x)
         return x, mask, ids_restore
+
+
+@MODELS.register_module()
+class MAEVRWKV(MAEEncoderMixin, VRWKV):
+    """:class:`~vrwkv.backbones.VRWKV` as the encoder of MAE, see :class:`MAEEncoderMixin`."""
+
+
+@MODELS.register_module()
+class MAEVRWKV6(MAEEncoderMixin, VRWKV6):
+    """:class:`~vrwkv.backbones.VRWKV6` as the encoder of MAE; ours, upstream has none."""
 
 
 @MODELS.register_module()

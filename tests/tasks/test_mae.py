@@ -12,7 +12,7 @@ from mmpretrain.models.selfsup.mae import MAE
 from mmpretrain.registry import MODELS
 from torch import nn
 
-from vrwkv.backbones import VRWKV
+from vrwkv.backbones import VRWKV, VRWKV6
 from vrwkv.weights import from_upstream_mae
 from vrwkv_cls.mae import MAEVRWKV, FrozenVRWKV, MAEVRWKVDecoder
 
@@ -24,12 +24,13 @@ TOLERANCE = 1e-4
 def build(encoder=None, decoder=None, norm_pix=False):
     """Build mmpretrain's MAE around a small encoder and decoder."""
     layers = dict(init_values=0.1, post_norm=True, key_norm=True)
-    encoder = dict(img_size=64, embed_dims=24, depth=2, **layers) | (encoder or {})
+    default = dict(type='MAEVRWKV', img_size=64, embed_dims=24, depth=2, **layers)
+    encoder = default | (encoder or {})
     decoder = dict(num_patches=16, embed_dims=24, **layers) | (decoder or {})
     decoder = dict(decoder_embed_dims=12, decoder_depth=2) | decoder
     model = dict(
         type='MAE',
-        backbone=dict(type='MAEVRWKV', **encoder),
+        backbone=encoder,
         neck=dict(type='MAEVRWKVDecoder', **decoder),
         head=dict(
             type='MAEPretrainHead',
@@ -179,6 +180,17 @@ def test_without_a_mask_it_is_a_vrwkv(images, mask):
     (found,) = model.backbone(images, mask=mask)
     assert torch.equal(found, expected)
     assert torch.equal(model(images, mode='tensor')[0], expected)
+
+
+@pytest.mark.parametrize('shift_mode', ['double_shift', 'single_shift', 'none'])
+def test_vrwkv6_is_trained_and_is_a_vrwkv6(images, shift_mode):
+    model = build(dict(type='MAEVRWKV6', num_heads=3, shift_mode=shift_mode))
+    model.init_weights()
+    model(images, mode='loss')['loss'].backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    plain = VRWKV6(64, **arguments(), num_heads=3, shift_mode=shift_mode)
+    plain.load_state_dict(model.backbone.state_dict())
+    assert torch.equal(model.backbone(images, mask=None)[0], plain(images)[0])
 
 
 def arguments():
