@@ -24,8 +24,8 @@ SHIFT_MODES = ('double_shift', 'single_shift', 'none')
 class MAEEncoderMixin:
     """Turn a backbone into the encoder of MAE: it runs on the patches that the mask keeps.
 
-    Put it before the backbone among the bases of a class. Implementation of `Masked Autoencoders Are Scalable Vision Learners
-    <https://arxiv.org/abs/2111.06377>`_ with `Vision-RWKV <https://arxiv.org/abs/2403.02308>`_
+    Put it before the backbone among the bases of a class. Implementation of `Masked Autoencoders
+    Are Scalable Vision Learners <https://arxiv.org/abs/2111.06377>`_ with `Vision-RWKV <https://arxiv.org/abs/2403.02308>`_
     (section 4.4, "MAE Pre-training"). The parameters are those of the backbone, which fine-tunes
     them, also with Q-Shift.
 

@@ -116,7 +116,7 @@ def test_vrwkv6_adapter(name, parameters):
     six, plain = count(model, PROBE), count(build(VRWKVAdapter, **arguments), PROBE)
     layers = PROBE[0] * PROBE[1] // 256 * model.embed_dims * model.depth
     # Per token and channel: state elements and element-wise work, low ranks, gate, group norm.
-    assert six.pop('bi_wkv6') == layers * (7 * 64 + 17)
+    assert six.pop('bi_wkv6_forward') == layers * (7 * 64 + 17)
     assert plain.pop('bi_wkv') == layers * 29
     difference = sum(six.values()) - sum(plain.values())
     assert difference == pytest.approx(layers * (320 + 128 + model.embed_dims), rel=0.02)

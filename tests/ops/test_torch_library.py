@@ -31,6 +31,10 @@ def schema_calls(name, inputs, mode):
         yield ops.bi_wkv_forward, (*inputs, mode, True)
         yield ops.bi_wkv_forward, (*detached, mode, False)
         yield ops.bi_wkv_backward, (torch.randn_like(k), *detached, *saved, mode)
+    elif name == 'bi_wkv6':
+        six = [*(x.detach().repeat(1, 1, 2) for x in (v, k, v, k)), torch.stack([w, u])]
+        yield ops.bi_wkv6_forward, ([x.clone().requires_grad_() for x in six] + [mode])
+        yield ops.bi_wkv6_backward, ([six[1], *six, mode])
     elif name == 'q_shift':
         yield ops.q_shift, (inputs[2], 2, 3, 1, 0.25, mode, 1 + mode)
     elif name == 'token_shift':
@@ -48,6 +52,7 @@ def schema_calls(name, inputs, mode):
 # Modes for the four dtypes: shapes and dtypes of results depend on one of the two at a time.
 MODES = {
     'bi_wkv': (False, True, False, True),
+    'bi_wkv6': (False, True, False, True),
     'q_shift': (False, True, True, False),
     'token_shift': ('q_shift', 'double_shift', 'double_shift', 'single_shift'),
     'pointwise': (None,) * 4,
@@ -68,7 +73,7 @@ def test_opcheck(backend, name, index):
 
 
 @on(only=lambda backend: not is_quick(backend))
-@pytest.mark.parametrize('name', MODES)
+@pytest.mark.parametrize('name', [name for name in MODES if name != 'bi_wkv6'])
 def test_opcheck_in_the_interpreter(backend, name):
     inputs = make_inputs(backend.device, torch.bfloat16, (1, 6, 4))
     for schema, args in schema_calls(name, inputs, MODES[name][0]):

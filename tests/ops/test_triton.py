@@ -189,7 +189,8 @@ assert backends.triton_serves_gpus()
 assert 'triton.language' not in sys.modules  # not before it is needed
 names = torch._C._dispatch_get_all_op_names()
 names = {n.split('::')[1] for n in names if n.startswith('vrwkv_ops::')}
-assert names == set(ops.SCAN_KERNELS) <= set(triton._operators()), names
+without = {'bi_wkv6_forward', 'bi_wkv6_backward'}  # these run in PyTorch
+assert names == set(ops.SCAN_KERNELS) <= set(triton._operators()) | without, names
 for name in names:
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     assert has(f'vrwkv_ops::{name}', 'CUDA'), name

@@ -42,7 +42,7 @@ def bi_wkv6_flops(inputs: list[Any], outputs: list[Any]) -> int:
     """Count Bi-WKV of VRWKV6 and the element-wise work of its layer, as upstream does.
 
     Args:
-        inputs: Values of a traced ``vrwkv_ops::bi_wkv6``.
+        inputs: Values of a traced ``vrwkv_ops::bi_wkv6_forward``.
         outputs: Not used.
 
     Returns:
@@ -84,7 +84,7 @@ def deformable_attention_flops(inputs: list[Any], outputs: list[Any]) -> int:
 #: count elementwise operators.
 FLOP_HANDLERS: dict[str, Handle] = {
     'vrwkv_ops::bi_wkv': bi_wkv_flops,
-    'vrwkv_ops::bi_wkv6': bi_wkv6_flops,
+    'vrwkv_ops::bi_wkv6_forward': bi_wkv6_flops,
     'vrwkv_ops::q_shift': elementwise_flop_counter(0, 0),
     'vrwkv_ops::token_shift': elementwise_flop_counter(0, 0),
     'vrwkv_ops::squared_relu': elementwise_flop_counter(0, 0),
@@ -96,7 +96,7 @@ FLOP_HANDLERS: dict[str, Handle] = {
 #: Activation handlers by operator: the number of output values.
 ACTIVATION_HANDLERS: dict[str, Handle] = {
     'vrwkv_ops::bi_wkv': generic_activation_jit(),
-    'vrwkv_ops::bi_wkv6': generic_activation_jit(),
+    'vrwkv_ops::bi_wkv6_forward': generic_activation_jit(),
     'aten::scaled_dot_product_attention': generic_activation_jit(),
 }
 

@@ -112,6 +112,50 @@ std::tuple<Tensor, Tensor, Tensor> bi_wkv_forward_autocast(const Tensor& w, cons
   return call_wkv_forward(w, u, k.to(type), v.to(type), causal, save);
 }
 
+// --- Bi-WKV6 ----------------------------------------------------------------------------------
+
+using Wkv6Forward = Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, bool);
+using Wkv6Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&,
+                                                                        const Tensor&, const Tensor&, const Tensor&, bool);
+
+Tensor call_wkv6_forward(const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& w, const Tensor& u, bool causal) {
+  static const auto op = find<Wkv6Forward>("vrwkv_ops::bi_wkv6_forward");
+  return op.call(r, k, v, w, u, causal);
+}
+
+struct BiWkv6 : torch::autograd::Function<BiWkv6> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& w,
+                        const Tensor& u, bool causal) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    ctx->saved_data["causal"] = causal;
+    ctx->save_for_backward({r, k, v, w, u});
+    return call_wkv6_forward(r, k, v, w, u, causal);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    static const auto op = find<Wkv6Backward>("vrwkv_ops::bi_wkv6_backward");
+    const auto saved = ctx->get_saved_variables();
+    auto [gr, gk, gv, gw, gu] =
+        op.call(grads[0], saved[0], saved[1], saved[2], saved[3], saved[4], ctx->saved_data["causal"].toBool());
+    return {gr, gk, gv, gw, gu, Tensor()};
+  }
+};
+
+Tensor bi_wkv6_forward_autograd(const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& w, const Tensor& u,
+                                bool causal) {
+  return BiWkv6::apply(r, k, v, w, u, causal);
+}
+
+// Converts to float32: results grow with the number of tokens.
+template <at::DeviceType device>
+Tensor bi_wkv6_forward_autocast(const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& w, const Tensor& u,
+                                bool causal) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(at::autocast::get_autocast_dispatch_key_from_device_type(device));
+  if (v.scalar_type() == at::kDouble) return call_wkv6_forward(r, k, v, w, u, causal);
+  const auto type = at::kFloat;
+  return call_wkv6_forward(r.to(type), k.to(type), v.to(type), w.to(type), u.to(type), causal);
+}
+
 // --- Token shifts -----------------------------------------------------------------------------
 
 using QShift = Tensor(const Tensor&, SymInt, SymInt, int64_t, double, bool, int64_t);
@@ -271,6 +315,9 @@ TORCH_LIBRARY(vrwkv_ops, m) {
            " -> (Tensor y, Tensor y_residual, Tensor z)",
            "bi_wkv_backward(Tensor gy, Tensor w, Tensor u, Tensor k, Tensor v, Tensor y, Tensor y_residual, Tensor z,"
            " bool causal) -> (Tensor gw, Tensor gu, Tensor gk, Tensor gv)",
+           "bi_wkv6_forward(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, bool causal) -> Tensor",
+           "bi_wkv6_backward(Tensor gy, Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, bool causal)"
+           " -> (Tensor gr, Tensor gk, Tensor gv, Tensor gw, Tensor gu)",
            "q_shift(Tensor x, SymInt height, SymInt width, int shift_pixel, float channel_gamma, bool reverse, int heads=1) -> "
            "Tensor",
            "token_shift(Tensor x, Tensor mixes, SymInt height, SymInt width, int shift_pixel, float channel_gamma, str mode, "
@@ -290,13 +337,21 @@ TORCH_LIBRARY(vrwkv_ops, m) {
 
 TORCH_LIBRARY_IMPL(vrwkv_ops, Autograd, m) {
   m.impl("bi_wkv_forward", bi_wkv_forward_autograd);
+  m.impl("bi_wkv6_forward", bi_wkv6_forward_autograd);
   m.impl("q_shift", q_shift_autograd);
   m.impl("token_shift", token_shift_autograd);
   m.impl("squared_relu", squared_relu_autograd);
   m.impl("sigmoid_gate", sigmoid_gate_autograd);
-  for (const char* name : {"bi_wkv_backward", "token_shift_backward", "squared_relu_backward", "sigmoid_gate_backward"})
+  for (const char* name :
+       {"bi_wkv_backward", "bi_wkv6_backward", "token_shift_backward", "squared_relu_backward", "sigmoid_gate_backward"})
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&differentiable_once>());
 }
 
-TORCH_LIBRARY_IMPL(vrwkv_ops, AutocastCPU, m) { m.impl("bi_wkv_forward", bi_wkv_forward_autocast<at::kCPU>); }
-TORCH_LIBRARY_IMPL(vrwkv_ops, AutocastCUDA, m) { m.impl("bi_wkv_forward", bi_wkv_forward_autocast<at::kCUDA>); }
+TORCH_LIBRARY_IMPL(vrwkv_ops, AutocastCPU, m) {
+  m.impl("bi_wkv_forward", bi_wkv_forward_autocast<at::kCPU>);
+  m.impl("bi_wkv6_forward", bi_wkv6_forward_autocast<at::kCPU>);
+}
+TORCH_LIBRARY_IMPL(vrwkv_ops, AutocastCUDA, m) {
+  m.impl("bi_wkv_forward", bi_wkv_forward_autocast<at::kCUDA>);
+  m.impl("bi_wkv6_forward", bi_wkv6_forward_autocast<at::kCUDA>);
+}

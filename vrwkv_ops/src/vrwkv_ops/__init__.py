@@ -1,7 +1,8 @@
-"""Operators of Vision-RWKV: the Bi-WKV attention and the token shifts.
+"""Operators of Vision-RWKV: the attentions Bi-WKV and Bi-WKV6, and the token shifts.
 
 ``bi_wkv``, ``token_shift``, ``q_shift``, ``squared_relu`` and ``sigmoid_gate`` run compiled kernels
-if there are any, and vectorised PyTorch otherwise. ``python -m vrwkv_ops`` shows which, and why.
+if there are any, and vectorised PyTorch otherwise; ``bi_wkv6`` always runs in PyTorch. ``python -m
+vrwkv_ops`` shows which, and why.
 """
 
 import torch
@@ -13,7 +14,15 @@ if not hasattr(torch.library, 'register_fake'):
     )
 
 from vrwkv_ops.decomposition import decompositions
-from vrwkv_ops.ops import bi_wkv, q_shift, sigmoid_gate, squared_relu, token_shift
+from vrwkv_ops.ops import bi_wkv, bi_wkv6, q_shift, sigmoid_gate, squared_relu, token_shift
 
 __version__ = '0.1.0'
-__all__ = ['bi_wkv', 'decompositions', 'q_shift', 'sigmoid_gate', 'squared_relu', 'token_shift']
+__all__ = [
+    'bi_wkv',
+    'bi_wkv6',
+    'decompositions',
+    'q_shift',
+    'sigmoid_gate',
+    'squared_relu',
+    'token_shift',
+]

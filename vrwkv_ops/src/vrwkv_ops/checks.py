@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+MAX_HEAD = 64  # channels of a head of Bi-WKV6
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _DTYPE_NAMES = ', '.join(str(dtype).removeprefix('torch.') for dtype in FLOAT_DTYPES)
 
@@ -70,6 +71,58 @@ def check_bi_wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor, causal: bool) -> No
     if v.dtype != k.dtype and not _autocast_unifies(k, v):
         raise TypeError(
             f"{op}: 'k' and 'v' must have one dtype, got {k.dtype} and {v.dtype}; convert one"
+        )
+
+
+def check_bi_wkv6(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, causal: bool) -> None:
+    """Check the arguments of :func:`vrwkv_ops.bi_wkv6`.
+
+    Raises:
+        TypeError: If an argument is not a tensor, has a dtype that is not accepted, or if ``r``,
+            ``k`` and ``v`` differ in dtype, or if ``causal`` is not a bool.
+        ValueError: If a rank, shape, head size or device does not fit.
+    """
+    op = 'bi_wkv6'
+    tensors = dict(r=r, k=k, v=v, w=w, u=u)
+    for name, value in tensors.items():
+        _check_float_tensor(op, name, value)
+    if not isinstance(causal, bool):
+        raise TypeError(f"{op}: 'causal' must be a bool, got {type(causal).__name__}")
+    if r.dim() != 3:
+        raise ValueError(f"{op}: 'r' must have shape (B, T, C), got {tuple(r.shape)}")
+    for name in 'kvw':
+        if tensors[name].shape != r.shape:
+            raise ValueError(
+                f"{op}: '{name}' must have the shape of 'r', {tuple(r.shape)}, got "
+                f'{tuple(tensors[name].shape)}'
+            )
+    tokens, channels = r.shape[1:]
+    if tokens < 1 or channels < 1:
+        raise ValueError(
+            f"{op}: 'r' of shape (B, T, C) needs T >= 1 and C >= 1, got {tuple(r.shape)}"
+        )
+    if u.dim() != 2 or u.shape[0] < 1 or u.shape[0] * u.shape[1] != channels:
+        raise ValueError(
+            f"{op}: 'u' must have shape (heads, channels of a head) with {channels} channels in "
+            f"all, to match 'r' of shape {tuple(r.shape)}, got {tuple(u.shape)}"
+        )
+    if u.shape[1] > MAX_HEAD or u.shape[1] % 8:
+        raise ValueError(
+            f'{op}: heads must have at most {MAX_HEAD} channels, a multiple of 8, got '
+            f"{u.shape[1]} ('u' of shape {tuple(u.shape)})"
+        )
+    for name, value in tensors.items():
+        if value.device != r.device:
+            raise ValueError(
+                f"{op}: '{name}' is on {value.device} but 'r' is on {r.device}; "
+                'move all arguments to one device'
+            )
+    if len({r.dtype, k.dtype, v.dtype}) > 1 and not (
+        _autocast_unifies(r, k) and _autocast_unifies(k, v)
+    ):
+        raise TypeError(
+            f"{op}: 'r', 'k' and 'v' must have one dtype, got {r.dtype}, {k.dtype} and {v.dtype}; "
+            'convert them'
         )
 
 

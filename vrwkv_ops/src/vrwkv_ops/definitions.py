@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from vrwkv_ops import backends, pointwise, scan, shift
+from vrwkv_ops import backends, pointwise, scan, shift, wkv6
 from vrwkv_ops.checks import accumulation_dtype, check_bi_wkv
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -122,6 +122,25 @@ def _empty(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
+# --- Bi-WKV6 ----------------------------------------------------------------------------------
+
+
+def _bi_wkv6_setup_context(ctx, inputs, output):
+    *tensors, ctx.causal = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _bi_wkv6_forward_backward(ops, ctx, gy):
+    return (*ops.bi_wkv6_backward(gy, *ctx.saved_tensors, ctx.causal), None)
+
+
+def _bi_wkv6_forward_autocast(dtype, *args):
+    """Convert to float32: results grow with the number of tokens."""
+    if args[2].dtype == torch.float64:
+        return args
+    return (*(x.float() for x in args[:-1]), args[-1])
+
+
 # --- Token shifts -----------------------------------------------------------------------------
 
 
@@ -216,6 +235,20 @@ OPERATORS = (
         ' -> (Tensor gw, Tensor gu, Tensor gk, Tensor gv)',
         _bi_wkv_backward,
         _bi_wkv_backward_fake,
+    ),
+    Operator(
+        'bi_wkv6_forward(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, bool causal) -> Tensor',
+        wkv6.forward,
+        lambda r, k, v, *_: _empty(v),
+        _bi_wkv6_setup_context,
+        _bi_wkv6_forward_backward,
+        _bi_wkv6_forward_autocast,
+    ),
+    Operator(
+        'bi_wkv6_backward(Tensor gy, Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, bool causal)'
+        ' -> (Tensor gr, Tensor gk, Tensor gv, Tensor gw, Tensor gu)',
+        wkv6.backward,
+        lambda gy, *inputs: tuple(map(_empty, inputs[:5])),
     ),
     Operator(
         'q_shift(Tensor x, SymInt height, SymInt width, int shift_pixel, float channel_gamma,'

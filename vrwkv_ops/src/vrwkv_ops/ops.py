@@ -9,6 +9,7 @@ from vrwkv_ops import backends, definitions, pointwise, triton
 from vrwkv_ops.checks import (
     accumulation_dtype,
     check_bi_wkv,
+    check_bi_wkv6,
     check_pointwise,
     check_q_shift,
     check_token_shift,
@@ -21,6 +22,7 @@ if backends.triton_serves_gpus():
     triton.serve('CUDA', SCAN_KERNELS)
 _ops = torch.ops.vrwkv_ops
 _bi_wkv = _ops.bi_wkv.default
+_bi_wkv6 = _ops.bi_wkv6_forward.default
 _q_shift = _ops.q_shift.default
 _token_shift = _ops.token_shift.default
 _squared_relu = _ops.squared_relu.default
@@ -61,6 +63,40 @@ def bi_wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> 
     except (RuntimeError, TypeError, ValueError):
         check_bi_wkv(w, u, k, v, causal)  # says more about a wrong argument
         raise
+
+
+def bi_wkv6(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, causal: bool = False) -> Tensor:
+    r"""Bi-WKV6, the attention of VRWKV6: RWKV-6 in both directions, in time linear in T.
+
+    In each head, for the value channels of a token t,
+
+    .. math::
+        y_t = \sum_i \Big( \sum_c r_{tc} k_{ic} E_{tic} \Big) v_i, \quad
+        E_{tic} = \prod_{m \text{ between } t \text{ and } i} e^{-e^{w_{mc}}}, \quad E_{ttc} = u_c
+
+    (`Eagle and Finch <https://arxiv.org/abs/2404.05892>`_, section 4.2, where only earlier tokens
+    count). There is no denominator. Differentiable once in all tensors. Results are deterministic.
+    Float16 and bfloat16 are accumulated in float32; under autocast results are float32.
+
+    Args:
+        r: Receptances, shape (B, T, C), with any strides.
+        k: Keys, of the shape and dtype of ``r``.
+        v: Values, of the shape and dtype of ``r``.
+        w: Decays of each token: a step multiplies by ``exp(-exp(w))``. Of the shape of ``r``.
+        u: Bonus of the current token, shape (heads, N): C = heads * N, N from 8 to 64 in steps of
+            8. Heads are runs of channels.
+        causal: If true, a token sees only itself and the tokens before it.
+
+    Returns:
+        Tensor of the shape and dtype of ``v``, contiguous.
+
+    Raises:
+        TypeError: If an argument is no tensor or has a dtype that is not accepted.
+        ValueError: If a rank, a shape, the size of heads or a device does not fit.
+    """
+    check_bi_wkv6(r, k, v, w, u, causal)
+    dtype = accumulation_dtype(v.dtype)
+    return _bi_wkv6(r, k, v, w.to(dtype), u.to(dtype), causal)
 
 
 def q_shift(

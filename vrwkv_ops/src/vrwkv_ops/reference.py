@@ -11,6 +11,7 @@ from torch import Tensor
 from vrwkv_ops.checks import (
     accumulation_dtype,
     check_bi_wkv,
+    check_bi_wkv6,
     check_pointwise,
     check_q_shift,
     check_token_shift,
@@ -59,6 +60,26 @@ def bi_wkv_reference(w: Tensor, u: Tensor, k: Tensor, v: Tensor, causal: bool = 
         denominator = sum(torch.exp(p - q) * c for _, c, p in parts)
         y.append(numerator / denominator)
     return torch.stack(y, dim=1).to(out_dtype)  # (B, T, C)
+
+
+def bi_wkv6_reference(
+    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, causal: bool = False
+) -> Tensor:
+    """Compute Bi-WKV6 token by token; arguments and result as for :func:`vrwkv_ops.bi_wkv6`."""
+    check_bi_wkv6(r, k, v, w, u, causal)
+    out_dtype, dtype = v.dtype, accumulation_dtype(v.dtype)
+    # (B, T, heads, channels of a head)
+    r, k, v, w = (x.to(dtype).unflatten(2, u.shape) for x in (r, k, v, w))
+    decay, u = torch.exp(-torch.exp(w)), u.to(dtype)
+    tokens = range(r.shape[1])
+    y = [((r[:, t] * u * k[:, t]).sum(-1, keepdim=True) * v[:, t]) for t in tokens]
+    for order in (tokens,) if causal else (tokens, reversed(tokens)):
+        state = r.new_zeros(r.shape[0], *u.shape, u.shape[1])
+        for t in order:
+            y[t] = y[t] + (r[:, t].unsqueeze(-2) @ state).squeeze(-2)
+            new = k[:, t].unsqueeze(-1) * v[:, t].unsqueeze(-2)
+            state = decay[:, t].unsqueeze(-1) * state + new
+    return torch.stack(y, dim=1).flatten(2).to(out_dtype)
 
 
 def q_shift_reference(

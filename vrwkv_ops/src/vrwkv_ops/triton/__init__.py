@@ -32,7 +32,9 @@ def serve(dispatch_key: str, fallbacks: Mapping[str, Callable]) -> None:
 def _kernel(name: str, fallback: Callable) -> Callable:
     def kernel(*args):
         tensor = next(arg for arg in args if isinstance(arg, torch.Tensor))
-        return (_operators()[name] if works_on(tensor.device) else fallback)(*args)
+        if name not in _operators() or not works_on(tensor.device):
+            return fallback(*args)
+        return _operators()[name](*args)
 
     return kernel
 

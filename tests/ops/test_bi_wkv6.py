@@ -1,0 +1,205 @@
+"""Bi-WKV6: values and gradients against a dense float64 formula and upstream's kernel."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from vrwkv_ops import bi_wkv6
+from vrwkv_ops.reference import bi_wkv6_reference
+
+GOLDEN = Path(__file__).parents[1] / 'data/golden/wkv6_operator.pt'
+HALF = [torch.float16, torch.bfloat16]
+
+
+def dense(r, k, v, w, u, causal=False):
+    """All pairs of tokens: the decay between two is the product over the tokens between them."""
+    r, k, v, w = (x.unflatten(2, u.shape).transpose(1, 2) for x in (r, k, v, w))
+    tokens, log_decay = range(r.shape[2]), -torch.exp(w)
+    rows = []
+    for t in tokens:
+        row = torch.zeros_like(v[:, :, 0])
+        for i in range(t + 1) if causal else tokens:
+            between = log_decay[:, :, min(t, i) + 1 : max(t, i)].sum(2).exp() if i != t else u
+            score = (r[:, :, t] * between * k[:, :, i]).sum(-1, keepdim=True)
+            row = row + score * v[:, :, i]
+        rows.append(row)
+    return torch.stack(rows, 1).flatten(2)
+
+
+def make(batch, tokens, heads, size, mean=-2.0, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    r, k, v, w = (normal(batch, tokens, heads * size) for _ in range(4))
+    inputs = [r, k, v, (w + mean).to(torch.float32).double(), normal(heads, size)]
+    inputs = [x.to(dtype) for x in inputs]
+    return inputs, normal(batch, tokens, heads * size).to(dtype)
+
+
+def run(function, inputs, gy, **options):
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    y = function(*leaves, **options)
+    return [y.detach(), *torch.autograd.grad(y, leaves, gy, materialize_grads=True)]
+
+
+def errors(results, truth):
+    """Relative errors of y, gr, gk, gv, gw and gu; absolute ones where all is 0."""
+    return [
+        ((a.double() - b).norm() / (b.norm() if b.norm() > 1e-12 else 1)).item()
+        for a, b in zip(results, truth, strict=True)
+    ]
+
+
+SIZES = [(2, 1, 1, 8), (1, 2, 2, 16), (2, 15, 1, 24), (1, 16, 1, 32), (1, 17, 2, 64), (1, 50, 1, 8)]
+
+
+@pytest.mark.parametrize('causal', [False, True])
+@pytest.mark.parametrize('sizes', SIZES, ids=str)
+@pytest.mark.parametrize('function', [bi_wkv6, bi_wkv6_reference])
+def test_equals_the_dense_formula(function, sizes, causal):
+    inputs, gy = make(*sizes)
+    truth = run(dense, inputs, gy, causal=causal)
+    assert max(errors(run(function, inputs, gy, causal=causal), truth)) < 1e-13
+
+
+@pytest.mark.parametrize('mean', [-20, -6, 0, 3, 6, 20, 90])
+def test_accuracy_in_float32_at_every_decay(mean):
+    """The bar is five roundings of float32; T passes the edges of chunks."""
+    inputs, gy = make(2, 50, 2, 16, mean, torch.float32)
+    truth = run(dense, [x.double() for x in inputs], gy.double())
+    results = run(bi_wkv6, inputs, gy)
+    assert all(x.isfinite().all() for x in results)
+    assert max(errors(results, truth)) < 6e-7
+
+
+def test_infinite_decays():
+    """A token with w = inf lets nothing pass, one with -inf everything."""
+    inputs, gy = make(1, 20, 1, 8, dtype=torch.float32)
+    inputs[3][:, 3] = float('inf')
+    inputs[3][:, 7] = float('-inf')
+    results = run(bi_wkv6, inputs, gy)
+    assert all(x.isfinite().all() for x in results)
+    finite = [x.double() for x in inputs]
+    finite[3] = finite[3].clamp(-700, 700)
+    assert max(errors(results, run(dense, finite, gy.double()))) < 6e-7
+
+
+def test_equals_upstreams_kernel():
+    """Upstream's own gradient of w is exact to 3e-6, by differences; the others to 2e-7."""
+    data = torch.load(GOLDEN, weights_only=True)
+    inputs = [data['inputs'][name] for name in 'rkvwu']
+    y, *grads = run(bi_wkv6, inputs, data['gy'])
+    expected = [data['y'], *(data['grads'][name] for name in 'rkvwu')]
+    bars = [1e-6, 1e-6, 1e-6, 1e-6, 1e-5, 1e-6]
+    for error, bar in zip(errors([y, *grads], [x.double() for x in expected]), bars, strict=True):
+        assert error < bar
+
+
+def test_more_tokens_than_upstream_can_train_with():
+    inputs, gy = make(1, 300, 1, 8, dtype=torch.float32)
+    truth = run(bi_wkv6_reference, [x.double() for x in inputs], gy.double())
+    assert max(errors(run(bi_wkv6, inputs, gy), truth)) < 1e-6
+
+
+def test_directions():
+    """Every token sees all others; a causal one those before it; reversal reverses."""
+    inputs, _ = make(1, 20, 1, 8)
+    for causal in (False, True):
+        v = inputs[2].clone().requires_grad_()
+        y = bi_wkv6(inputs[0], inputs[1], v, *inputs[3:], causal=causal)
+        (grad,) = torch.autograd.grad(y[0, 10].sum(), v)
+        seen = grad[0].any(1)
+        assert seen[:11].all() and seen[11:].any() is not causal
+        assert bool(seen[11:].all()) is not causal
+    y = bi_wkv6(*inputs)
+    back = bi_wkv6(*(x.flip(1) for x in inputs[:4]), inputs[4])
+    torch.testing.assert_close(back.flip(1), y, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize('dtype', HALF, ids=str)
+def test_half_types(dtype):
+    """One rounding of the results of the same rounded inputs."""
+    inputs, gy = make(2, 20, 2, 8, dtype=torch.float32)
+    inputs, gy = [*(x.to(dtype) for x in inputs[:3]), *inputs[3:]], gy.to(dtype)
+    truth = run(dense, [x.double() for x in inputs], gy.double())
+    results = run(bi_wkv6, inputs, gy)
+    for got, expected, like in zip(results, truth, [gy, *inputs], strict=True):
+        assert got.dtype == like.dtype
+        rounding = (expected.to(got.dtype).double() - expected).norm()
+        assert (got.double() - expected).norm() <= 1.01 * rounding + 1e-6 * expected.norm()
+
+
+def test_autocast_computes_in_float32():
+    inputs, _ = make(1, 20, 1, 8, dtype=torch.float32)
+    half = [x.bfloat16() for x in inputs[:3]]
+    with torch.autocast('cpu', torch.bfloat16):
+        y = bi_wkv6(*half, *inputs[3:])
+    assert y.dtype == torch.float32
+    assert torch.equal(y, bi_wkv6(*(x.float() for x in half), *inputs[3:]))
+
+
+def test_strides_and_repetition_change_no_bit():
+    inputs, gy = make(2, 20, 2, 8, dtype=torch.float32)
+    expected = run(bi_wkv6, inputs, gy)
+    moved = [*(x.mT.contiguous().mT for x in inputs[:4]), inputs[4].mT.contiguous().mT]
+    for results in (run(bi_wkv6, inputs, gy), run(bi_wkv6, moved, gy.mT.contiguous().mT)):
+        assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+        assert results[0].is_contiguous()
+
+
+def test_empty_batch():
+    inputs, gy = make(0, 5, 2, 8)
+    assert [x.shape for x in run(bi_wkv6, inputs, gy)] == [gy.shape, *(x.shape for x in inputs)]
+
+
+def test_gradcheck_and_no_second_derivative():
+    inputs, _ = make(1, 18, 1, 8)
+    inputs = [x.requires_grad_() for x in inputs]
+    assert torch.autograd.gradcheck(bi_wkv6, inputs, fast_mode=True)
+    (gw,) = torch.autograd.grad(bi_wkv6(*inputs).square().sum(), inputs[3], create_graph=True)
+    with pytest.raises(NotImplementedError, match='bi_wkv6 is differentiable once'):
+        gw.sum().backward()
+
+
+def test_compiles_into_one_graph_for_all_sizes():
+    torch._dynamo.reset()
+    compiled = torch.compile(bi_wkv6, fullgraph=True, dynamic=True, backend='aot_eager')
+    for tokens in (20, 35):
+        inputs, gy = make(2, tokens, 1, 8, dtype=torch.float32)
+        for a, b in zip(run(compiled, inputs, gy), run(bi_wkv6, inputs, gy), strict=True):
+            assert torch.equal(a, b)
+
+
+def wrong(**changes):
+    arguments = dict(zip('rkvwu', make(2, 6, 2, 8, dtype=torch.float32)[0], strict=True))
+    return {**arguments, **changes}
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'error', 'message'),
+    [
+        (wrong(r=None), TypeError, "'r' must be a torch.Tensor, got NoneType"),
+        (wrong(k=torch.zeros(2, 6, 16).long()), TypeError, "'k' has dtype torch.int64"),
+        (wrong(r=torch.zeros(6, 16)), ValueError, r"'r' must have shape \(B, T, C\), got \(6, 16"),
+        (wrong(v=torch.zeros(2, 5, 16)), ValueError, r"'v' .*\(2, 6, 16\), got \(2, 5, 16\)"),
+        (wrong(w=torch.zeros(16)), ValueError, r"'w' .*\(2, 6, 16\), got \(16,\)"),
+        (wrong(u=torch.zeros(16)), ValueError, r"'u' .*16 channels .*got \(16,\)"),
+        (wrong(u=torch.zeros(3, 8)), ValueError, r"'u' .*16 channels .*got \(3, 8\)"),
+        (wrong(u=torch.zeros(4, 4)), ValueError, 'multiple of 8, got 4'),
+        (
+            {name: torch.zeros(1, 2, 72) for name in 'rkvw'} | dict(u=torch.zeros(1, 72)),
+            ValueError,
+            'at most 64 channels, .* got 72',
+        ),
+        (wrong(k=torch.zeros(2, 6, 16).half()), TypeError, "'r', 'k' and 'v' must have one dtype"),
+        (wrong(w=torch.zeros(2, 6, 16, device='meta')), ValueError, "'w' is on meta"),
+        (wrong(causal=1), TypeError, "'causal' must be a bool, got int"),
+    ],
+)
+@pytest.mark.parametrize('function', [bi_wkv6, bi_wkv6_reference])
+def test_wrong_calls(function, arguments, error, message):
+    with pytest.raises(error, match=message):
+        function(**arguments)
