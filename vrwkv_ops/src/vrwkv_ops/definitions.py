@@ -307,9 +307,8 @@ def complete(namespace: str) -> None:
     """Register the operators of a namespace, as far as no compiled library did."""
     library = torch.library.Library(namespace, 'FRAGMENT')
     _LIBRARIES.append(library)
-    is_compiled = hasattr(getattr(torch.ops, namespace), OPERATORS[0].name)
     for op in OPERATORS:
-        if not is_compiled:
+        if not hasattr(getattr(torch.ops, namespace), op.name):
             library.define(op.schema, tags=(torch.Tag.pt2_compliant_tag,))
             _register_rules(op, library)
         if not op.is_composite:
