@@ -5,7 +5,7 @@ mmcv-lite, and onedl-mmcv built without operators, lack the extension module ``m
 of that name where there is none:
 
 * non-maximum suppression and RoIAlign (average pooling) are torchvision's, with the same results;
-* deformable attention is mmcv's own PyTorch function, on GPUs too;
+* deformable attention on GPUs is :func:`vrwkv_ops.ms_deform_attn`;
 * the sigmoid focal loss, which mmdet and mmseg use on GPUs only, is torchvision's;
 * every other operator raises an error when it is called.
 
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.metadata import PackageNotFoundError, version
@@ -27,12 +27,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vrwkv_ops import ms_deform_attn
+
 EXTENSION = 'mmcv._ext'
 DISTRIBUTIONS = ('mmcv', 'mmcv-lite', 'onedl-mmcv')  # all install the same folder
 _UNINSTALL = f'pip uninstall -y {" ".join(DISTRIBUTIONS)}'
 SERVED = (
-    'nms and RoIAlign are those of torchvision, deformable attention and the sigmoid focal loss '
-    'run in PyTorch, and other operators raise an error'
+    'nms and RoIAlign are those of torchvision, deformable attention that of vrwkv_ops, the '
+    'sigmoid focal loss runs in PyTorch, and other operators raise an error'
 )
 
 
@@ -133,24 +135,6 @@ def _roi_align_backward(
     grad_input.copy_(torch.ops.torchvision._roi_align_backward(*arguments))
 
 
-def _backward(
-    function: Callable[..., Tensor],
-    inputs: Sequence[Tensor],
-    grad_output: Tensor | None,
-    grad_inputs: Sequence[Tensor],
-) -> None:
-    """Compute the function once more, and write the gradients of its inputs."""
-    inputs = [tensor.detach().requires_grad_() for tensor in inputs]
-    with torch.enable_grad():
-        output = function(*inputs)
-    if grad_output is None:
-        grad_output = torch.ones_like(output)
-    for buffer, grad in zip(
-        grad_inputs, torch.autograd.grad(output, inputs, grad_output), strict=True
-    ):
-        buffer.copy_(grad)
-
-
 def _ms_deform_attn_forward(
     value: Tensor,
     shapes: Tensor,
@@ -159,10 +143,7 @@ def _ms_deform_attn_forward(
     weights: Tensor,
     im2col_step: int,
 ) -> Tensor:
-    from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
-
-    with torch.autocast(value.device.type, enabled=False):
-        return multi_scale_deformable_attn_pytorch(value, shapes, locations, weights)
+    return ms_deform_attn(value, shapes.tolist(), locations, weights)
 
 
 def _ms_deform_attn_backward(
@@ -177,13 +158,11 @@ def _ms_deform_attn_backward(
     grad_weights: Tensor,
     im2col_step: int,
 ) -> None:
-    def forward(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
-        return _ms_deform_attn_forward(
-            value, shapes, level_start_index, locations, weights, im2col_step
-        )
-
-    buffers = (grad_value, grad_locations, grad_weights)
-    _backward(forward, (value, locations, weights), grad_output, buffers)
+    grads = torch.ops.vrwkv_ops.ms_deform_attn_backward(
+        grad_output, value, shapes.flatten().tolist(), locations, weights
+    )
+    for buffer, grad in zip((grad_value, grad_locations, grad_weights), grads, strict=True):
+        buffer.copy_(grad)
 
 
 def _focal_loss(target: Tensor, weight: Tensor, gamma: float, alpha: float) -> Callable:
@@ -209,7 +188,10 @@ def _sigmoid_focal_loss_forward(
 def _sigmoid_focal_loss_backward(
     input: Tensor, target: Tensor, weight: Tensor, grad_input: Tensor, gamma: float, alpha: float
 ) -> None:
-    _backward(_focal_loss(target, weight, gamma, alpha), [input], None, [grad_input])
+    logits = input.detach().requires_grad_()
+    with torch.enable_grad():
+        loss = _focal_loss(target, weight, gamma, alpha)(logits).sum()
+    grad_input.copy_(torch.autograd.grad(loss, logits)[0])
 
 
 def _unavailable(name: str) -> None:

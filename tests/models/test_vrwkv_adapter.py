@@ -11,7 +11,8 @@ from mmengine.runner.checkpoint import load_state_dict as mmengine_load_state_di
 from torch import nn
 
 from vrwkv.backbones import VRWKV, VRWKVAdapter
-from vrwkv.layers.adapter import ConvFFN, DeformableInputs
+from vrwkv.layers import adapter
+from vrwkv.layers.adapter import ConvFFN, DeformableAttention, DeformableInputs
 
 BN = dict(type='BN')
 SMALL = dict(
@@ -64,8 +65,43 @@ def test_deformable_inputs_by_hand():
     # Pixel centres as fractions, x first.
     points = [[0.25, 0.5], [0.75, 0.5], [0.5, 0.25], [0.5, 0.75]]
     assert geometry.reference_points.tolist() == [[[point] for point in points]]
-    assert geometry.spatial_shapes.tolist() == [[1, 2], [2, 3]]
-    assert geometry.level_start_index.tolist() == [0, 2]
+    assert geometry.spatial_shapes == ((1, 2), (2, 3))
+    assert geometry.sizes.tolist() == [[2, 1], [3, 2]]
+
+
+def test_deformable_attention_is_that_of_mmcv():
+    """Initial values to the bit, and results to a rounding of float32."""
+    torch.manual_seed(0)
+    theirs = deform.MultiScaleDeformableAttention(
+        24, 3, 2, 4, dropout=0.0, batch_first=True, value_proj_ratio=0.5
+    )
+    torch.manual_seed(0)
+    ours = DeformableAttention(24, 3, 2, 4, value_ratio=0.5)
+    mine, other = ours.state_dict(), theirs.state_dict()
+    assert list(mine) == list(other) and all(torch.equal(mine[n], other[n]) for n in mine)
+    for linear in (ours.sampling_offsets, ours.attention_weights):
+        nn.init.normal_(linear.weight)
+    theirs.load_state_dict(ours.state_dict())
+    query, value = torch.randn(2, 15, 24), torch.randn(2, 26, 24)
+    shapes = [(4, 5), (2, 3)]
+    geometry = DeformableInputs.build([(3, 5)], shapes, query)
+    expected = theirs(
+        query,
+        value=value,
+        identity=torch.zeros(()),
+        reference_points=geometry.reference_points,
+        spatial_shapes=torch.tensor(shapes),
+    )
+    torch.testing.assert_close(ours(query, value, geometry), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('strict', [False, True])
+def test_export(strict):
+    model = small(norm_cfg=BN).eval()
+    x = images()
+    program = torch.export.export(model, (x,), strict=strict)
+    with torch.no_grad():
+        torch.testing.assert_close(program.module()(x), model(x))
 
 
 def test_conv_ffn_convolves_each_map_by_itself():
@@ -172,9 +208,9 @@ def test_with_cp_gives_the_same_numbers():
 
 def test_with_cp_recomputes_injectors_and_extractors(monkeypatch):
     calls = []
-    attend = deform.MultiScaleDeformableAttention.forward
+    attend = DeformableAttention.forward
     monkeypatch.setattr(
-        deform.MultiScaleDeformableAttention,
+        DeformableAttention,
         'forward',
         lambda self, *args, **kwargs: calls.append(self) or attend(self, *args, **kwargs),
     )
@@ -262,13 +298,13 @@ def test_norm_cfg_can_freeze_the_norms():
 
 def spy_on_sampling(monkeypatch):
     seen = []
-    sample = deform.multi_scale_deformable_attn_pytorch
+    sample = adapter.ms_deform_attn
 
     def spy(value, shapes, locations, weights):
         seen.append((value.dtype, locations.dtype))
         return sample(value, shapes, locations, weights)
 
-    monkeypatch.setattr(deform, 'multi_scale_deformable_attn_pytorch', spy)
+    monkeypatch.setattr(adapter, 'ms_deform_attn', spy)
     return seen
 
 
@@ -314,7 +350,6 @@ def test_initial_values():
             assert block.query_norm.eps == block.feat_norm.eps == 1e-6
             assert not block.attn.sampling_offsets.weight.any()
             assert not block.attn.attention_weights.weight.any()
-            assert block.attn.dropout.p == 0
     assert model.interactions[0].extractor.ffn.fc1.weight.std().item() == pytest.approx(
         0.02, rel=0.1
     )

@@ -38,6 +38,8 @@ TORCH_LIBRARY(vrwkv_emulated, m) {
       "token_shift_backward(Tensor[] grads, Tensor x, Tensor mixes, int height, int width, int shift_pixel, "
       "float channel_gamma, str mode, int heads=1) -> (Tensor, Tensor)",
       vrwkv_cuda::token_shift_backward);
+  m.def("ms_deform_attn", vrwkv_cuda::ms_deform_attn);
+  m.def("ms_deform_attn_backward", vrwkv_cuda::ms_deform_attn_backward);
   m.def("squared_relu", vrwkv_cuda::squared_relu);
   m.def("squared_relu_backward", vrwkv_cuda::squared_relu_backward);
   m.def("sigmoid_gate", vrwkv_cuda::sigmoid_gate);

@@ -134,6 +134,13 @@ inline int __syncthreads_or(int value) {
   return emulator::last_vote;
 }
 
+template <typename T>
+T atomicAdd(T* to, T value) {
+  const T old = *to;
+  *to += value;
+  return old;
+}
+
 inline void __pipeline_memcpy_async(void* to, const void* from, size_t bytes) {
   TORCH_CHECK(reinterpret_cast<uintptr_t>(to) % bytes == 0 && reinterpret_cast<uintptr_t>(from) % bytes == 0, "a copy of ",
               bytes, " bytes that is not aligned");

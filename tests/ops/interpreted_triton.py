@@ -19,7 +19,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from vrwkv_ops import triton as backend
-from vrwkv_ops.triton import bi_wkv, pointwise, token_shift
+from vrwkv_ops.triton import bi_wkv, ms_deform_attn, pointwise, token_shift
 
 CHOOSE_TILING = bi_wkv.choose_tiling
 
@@ -105,4 +105,5 @@ if __name__ == '__main__':
     use_tiles(8, 4, 2)
     token_shift._BLOCKS = dict(BLOCK_T=8, BLOCK_C=16)
     pointwise._BLOCK = 64
+    ms_deform_attn._ELEMENTS = 64
     serve(Connection(int(sys.argv[1])))

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vrwkv.mmcv_ops import serve_mmcv_ops
+
 from .dense_bi_wkv import dense_bi_wkv
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
@@ -53,7 +55,7 @@ class Operator:
 
         options = {**self.options, **options}
         wide = self.inputs(normal, *shape)
-        results = as_list(self.truth(*(x.to('meta') for x in wide.values()), **options))
+        results = as_list(self.truth(**{n: x.to('meta') for n, x in wide.items()}, **options))
         accumulation = torch.float64 if dtype == torch.float64 else torch.float32
         inputs = {
             name: x.to(device, accumulation if name in self.parameters else dtype)
@@ -81,23 +83,25 @@ class Call:
 
     def run(self, backend) -> list[Tensor]:
         """Results, and gradients of all inputs."""
-        return self._run(backend.function(self.operator.name), self.inputs.values(), self.grads)
+        return self._run(backend.function(self.operator.name), self.inputs, self.grads)
 
     def truth(self) -> list[Tensor]:
         """The same in float64."""
         key = self.key and (self.operator.name, *self.key)
         if key is None or key not in _TRUTHS:
-            double = ([x.double() for x in xs] for xs in (self.inputs.values(), self.grads))
-            truth = self._run(self.operator.truth, *double)
+            inputs = {name: x.double() for name, x in self.inputs.items()}
+            truth = self._run(self.operator.truth, inputs, [x.double() for x in self.grads])
             if key is None:
                 return truth
             _TRUTHS[key] = truth
         return _TRUTHS[key]
 
     def _run(self, function, inputs, grads):
-        leaves = [x.detach().requires_grad_() for x in inputs]
-        results = as_list(function(*leaves, **self.options))
-        gradients = torch.autograd.grad(results, leaves, grads, materialize_grads=True)
+        leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+        results = as_list(function(**leaves, **self.options))
+        gradients = torch.autograd.grad(
+            results, list(leaves.values()), grads, materialize_grads=True
+        )
         return [*(x.detach() for x in results), *gradients]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> 'Call':
@@ -194,6 +198,40 @@ def _mixed(mode: str, count: int) -> Operator:
     )
 
 
+def _ms_deform_attn(value, spatial_shapes, sampling_locations, attention_weights):
+    """mmcv's PyTorch function, which Deformable DETR's models run on a CPU."""
+    serve_mmcv_ops()
+    from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
+
+    return multi_scale_deformable_attn_pytorch(
+        value, spatial_shapes, sampling_locations, attention_weights
+    )
+
+
+def _deformable(shapes: tuple[tuple[int, int], ...], points: int, wide: bool = False) -> Operator:
+    """Points inside, near the borders and outside; ``wide``: with points in float32."""
+    levels, values = len(shapes), sum(height * width for height, width in shapes)
+
+    def inputs(normal, batch, queries, channels):
+        return dict(
+            value=normal(batch, values, 2, channels),
+            sampling_locations=0.5 + 0.4 * normal(batch, queries, 2, levels, points, 2),
+            attention_weights=normal(batch, queries, 2, levels, points),
+        )
+
+    return Operator(
+        'ms_deform_attn',
+        inputs,
+        _ms_deform_attn,
+        dict(spatial_shapes=shapes),
+        parameters=('sampling_locations', 'attention_weights') if wide else (),
+        # A place within a map is right to a rounding of the map's size, and gradients of places
+        # are differences of pixels.
+        bars=(1e-13, 3e-6, 3e-6),
+        shape=(2, 5, 3),
+    )
+
+
 OPERATORS = {
     'bi_wkv': _wkv(causal=False),
     'causal_bi_wkv': _wkv(causal=True),
@@ -220,4 +258,6 @@ OPERATORS = {
         lambda r, x: x / (1 + torch.exp(-r)),
         bars=(1e-14, 5e-7, 5e-7),
     ),
+    'ms_deform_attn': _deformable(((4, 3), (1, 1), (2, 5)), points=2),
+    'ms_deform_attn_float32_points': _deformable(((8, 4),), points=1, wide=True),
 }

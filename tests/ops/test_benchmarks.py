@@ -64,6 +64,16 @@ def run(operators, capsys, folder, *args):
     return status, json.loads((folder / 'operators.json').read_text()), capsys.readouterr()
 
 
+def test_deformable_attention_beside_that_of_mmcv(modules, tmp_path, capsys, monkeypatch):
+    status, content, _ = run(modules[1], capsys, tmp_path, '--deformable')
+    errors = {row['kernel']: row['error'] for row in content['rows']}
+    assert status == 0 and errors['ms_deform_attn'] < 1e-5 > errors['mmcv_deform_attn']
+    wrong = modules[1].ms_deform_attn
+    monkeypatch.setattr(modules[1], 'ms_deform_attn', lambda *args: 1.0001 * wrong(*args))
+    status, _, printed = run(modules[1], capsys, tmp_path, '--deformable')
+    assert status == 1 and 'No time for ms_deform_attn: wrong' in printed.err
+
+
 def test_table_json_and_plot(modules, peers, tmp_path, capsys):
     dtypes = ['--dtype', 'float32', 'bfloat16']
     arguments = [*dtypes, '--peer', f'mine={peers}:scan']

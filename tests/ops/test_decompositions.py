@@ -123,6 +123,25 @@ def test_shifts_equal_the_operators(mode, pixel, gamma, heads):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
+class Deformable(nn.Module):
+    def forward(self, value, locations, weights):
+        return vrwkv_ops.ms_deform_attn(value, [(3, 4), (1, 1), (2, 2)], locations, weights)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_deformable_attention(dtype):
+    generator = torch.Generator().manual_seed(0)
+    value = torch.randn(2, 17, 3, 4, generator=generator).to(dtype)
+    locations = torch.rand(2, 6, 3, 3, 2, 2, generator=generator) * 1.4 - 0.2
+    inputs = (value, locations, torch.randn(2, 6, 3, 3, 2, generator=generator))
+    program = export(Deformable(), inputs)
+    assert not any('vrwkv_ops' in name for name in operators(program))
+    found, expected = program.module()(*inputs), Deformable()(*inputs)
+    # Float32 sums in another order, then at most one more rounding of the result.
+    rtol = 1e-5 if dtype == torch.float32 else 2**-8
+    torch.testing.assert_close(found, expected, rtol=rtol, atol=1e-5)
+
+
 def test_wrong_calls():
     with pytest.raises(ValueError, match='form must be one of auto, cumsum'):
         decompositions('scan')

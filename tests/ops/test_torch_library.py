@@ -42,6 +42,16 @@ def schema_calls(name, inputs, mode):
         grid = (2, 3, 1, 0.25, mode, 2) if mode == 'q_shift' else (1, 6, 1, 0.25, mode)
         yield ops.token_shift, (inputs[2], mixes.clone().requires_grad_(), *grid)
         yield ops.token_shift_backward, ([k, v], k, mixes, *grid)
+    elif name == 'ms_deform_attn':
+        value = inputs[2].detach()[:, :, None].requires_grad_()  # (B, 6, 1, C)
+        generator = torch.Generator().manual_seed(0)
+        points = [torch.rand(k.shape[0], 3, 1, 2, 2, *n, generator=generator) for n in ((2,), ())]
+        points = [x.to(k).requires_grad_() for x in points]
+        shapes = (2, 2, *mode)
+        yield ops.ms_deform_attn, (value, shapes, *points)
+        grad = torch.randn_like(k[:, :3])
+        detached = [x.detach() for x in (value, *points)]
+        yield ops.ms_deform_attn_backward, (grad, detached[0], shapes, *detached[1:])
     else:
         yield ops.squared_relu, (inputs[3],)
         yield ops.squared_relu_backward, (k, v)
@@ -55,6 +65,7 @@ MODES = {
     'bi_wkv6': (False, True, False, True),
     'q_shift': (False, True, True, False),
     'token_shift': ('q_shift', 'double_shift', 'double_shift', 'single_shift'),
+    'ms_deform_attn': ((1, 2),) * 4,
     'pointwise': (None,) * 4,
 }
 

@@ -157,6 +157,60 @@ WRONG_TOKEN_SHIFT = {
         r"'mixes\[0\]' is on meta.*'x' is on cpu",
     ),
 }
+
+
+def deform(**changes):
+    arguments = dict(
+        value=torch.zeros(2, 7, 3, 4),
+        spatial_shapes=[(2, 3), (1, 1)],
+        sampling_locations=torch.zeros(2, 5, 3, 2, 6, 2),
+        attention_weights=torch.zeros(2, 5, 3, 2, 6),
+    )
+    return {**arguments, **changes}
+
+
+WRONG_DEFORM = {
+    'no tensor': (deform(value=[1.0]), TypeError, "'value'.*torch.Tensor.*list"),
+    'integers': (deform(value=torch.zeros(2, 7, 3, 4).int()), TypeError, "'value'.*int32.*float32"),
+    'rank 3': (
+        deform(value=torch.zeros(2, 7, 12)),
+        ValueError,
+        r"'value'.*\(B, S, H, D\).*\(2, 7, 12\)",
+    ),
+    'shapes a tensor': (
+        deform(spatial_shapes=torch.tensor([[2, 3], [1, 1]])),
+        TypeError,
+        "'spatial_shapes'.*pairs of ints.*Tensor.*tolist",
+    ),
+    'a flat list': (
+        deform(spatial_shapes=[2, 3, 1, 1]),
+        TypeError,
+        "'spatial_shapes'.*pairs.*list",
+    ),
+    'floats': (
+        deform(spatial_shapes=[(2.0, 3.0), (1, 1)]),
+        TypeError,
+        r'pairs of ints.*\(2\.0, 3\.0\)',
+    ),
+    'an empty map': (deform(spatial_shapes=[(7, 1), (0, 1)]), ValueError, r'positive.*\(0, 1\)'),
+    'no levels': (deform(spatial_shapes=[]), ValueError, '1 to 16 levels.*0'),
+    'other values': (deform(spatial_shapes=[(2, 3), (2, 1)]), ValueError, 'hold 8 values.*S = 7'),
+    'other levels': (
+        deform(spatial_shapes=[(7, 1)]),
+        ValueError,
+        r"'sampling_locations'.*L = 1.*\(2, 5, 3, 2, 6, 2\)",
+    ),
+    'other weights': (
+        deform(attention_weights=torch.zeros(2, 5, 3, 2, 5)),
+        ValueError,
+        r"'attention_weights'.*\(2, 5, 3, 2, 6\).*\(2, 5, 3, 2, 5\)",
+    ),
+    'devices': (
+        deform(attention_weights=torch.zeros(2, 5, 3, 2, 6, device='meta')),
+        ValueError,
+        "'attention_weights' is on meta.*'value' is on cpu",
+    ),
+}
 # For functions of x alone, and for those of r and x.
 WRONG_POINTWISE = {
     'no tensor': (dict(x=[1.0]), TypeError, "'x'.*torch.Tensor.*list"),
@@ -185,6 +239,7 @@ WRONG = {
         'bi_wkv': WRONG_WKV,
         'q_shift': WRONG_SHIFT,
         'token_shift': WRONG_TOKEN_SHIFT,
+        'ms_deform_attn': WRONG_DEFORM,
         'squared_relu': WRONG_POINTWISE,
         'sigmoid_gate': WRONG_GATE,
     }.items()
@@ -250,3 +305,22 @@ def test_kernels_guard_direct_calls(backend):
     for wrong in ((k, k[0]), (k, k.half())):
         with pytest.raises(RuntimeError):
             ops.sigmoid_gate(*wrong)
+    value, places, weights = (
+        x.to(backend.device) for x in deform().values() if not isinstance(x, list)
+    )
+    for wrong in (
+        (value[0], [2, 3, 1, 1], places, weights),
+        (value, [2, 3], places, weights),
+        (value, [2, 3, 2, 1], places, weights),
+        (value, [7, 1, 0, 1], places, weights),
+        (value, [2, 3, 1, 1], places[..., 0], weights),
+        (value, [2, 3, 1, 1], places, weights[..., :5]),
+        (value, [2, 3, 1, 1], places.half(), weights.half()),
+        (value, [2, 3, 1, 1], places, weights.double()),
+    ):
+        with pytest.raises(RuntimeError):
+            ops.ms_deform_attn(*wrong)
+    for grad in (torch.zeros(2, 5, 11), torch.zeros(2, 5, 12).half()):
+        grad = grad.to(backend.device)
+        with pytest.raises(RuntimeError):
+            ops.ms_deform_attn_backward(grad, value, [2, 3, 1, 1], places, weights)

@@ -25,7 +25,11 @@ KINDS = {
     'convolutions': ('conv',),
     'Bi-WKV and its gate': ('bi_wkv',),
     'attention': ('scaled_dot_product_attention', 'bmm', 'einsum'),
-    'deformable attention': ('grid_sampler', 'PythonOp.MultiScaleDeformableAttnFunction'),
+    'deformable attention': (
+        'ms_deform_attn',
+        'grid_sampler',
+        'PythonOp.MultiScaleDeformableAttnFunction',
+    ),
     'norms': ('layer_norm', 'batch_norm', 'group_norm'),
 }
 

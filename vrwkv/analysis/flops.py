@@ -66,18 +66,18 @@ def attention_flops(inputs: list[Any], outputs: list[Any]) -> int:
 
 
 def deformable_attention_flops(inputs: list[Any], outputs: list[Any]) -> int:
-    """Count the sampling of mmcv's CUDA kernel like its PyTorch function for CPUs.
+    """Count the sampling of our operator and of mmcv's CUDA kernel like mmcv's PyTorch function.
 
     Args:
-        inputs: Tensors of a traced ``MultiScaleDeformableAttnFunction``: values of shape ``(B, S,
-            heads, C / heads)``, two shapes, points and weights of shape ``(B, T, heads, levels,
-            points)``.
+        inputs: Arguments of a traced ``vrwkv_ops::ms_deform_attn``, or tensors of a traced
+            ``MultiScaleDeformableAttnFunction``: first the values, of shape ``(B, S, heads,
+            C / heads)``, last the weights, of shape ``(B, T, heads, levels, points)``.
         outputs: Not used.
 
     Returns:
         4 for each sampled value.
     """
-    return BILINEAR_FLOPS * prod(get_shape(inputs[4])) * get_shape(inputs[0])[-1]
+    return BILINEAR_FLOPS * prod(get_shape(inputs[-1])) * get_shape(inputs[0])[-1]
 
 
 #: FLOP handlers by operator. Shifts and the mix of two tokens are elementwise; mmengine does not
@@ -91,6 +91,7 @@ FLOP_HANDLERS: dict[str, Handle] = {
     # Bi-WKV's count includes its gate; upstream does not count the gate of the channel mix.
     'vrwkv_ops::sigmoid_gate': elementwise_flop_counter(0, 0),
     'aten::scaled_dot_product_attention': attention_flops,
+    'vrwkv_ops::ms_deform_attn': deformable_attention_flops,
     'prim::PythonOp.MultiScaleDeformableAttnFunction': deformable_attention_flops,
 }
 #: Activation handlers by operator: the number of output values.

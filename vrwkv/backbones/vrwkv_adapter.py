@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .._imports import explain_missing
 from ..layers._checks import check_choice, check_int
 from ..layers.adapter import (
+    DeformableAttention,
     DeformableInputs,
     Extractor,
     Injector,
@@ -18,15 +19,12 @@ from ..layers.adapter import (
     SpatialPriorModule,
     init_adapter_weights,
 )
-from ..mmcv_ops import serve_mmcv_ops
 from ..weights import require_whole
 from .vrwkv import VRWKV
 from .vrwkv6 import VRWKV6
 
 with explain_missing('the adapter', extra='detection', brings=('mmcv',)):
-    serve_mmcv_ops()
     from mmcv.cnn import build_norm_layer
-    from mmcv.ops import MultiScaleDeformableAttention
 
 FUSE_MODES = ('last', 'stages')
 PATCH_SIZE = 16
@@ -128,21 +126,10 @@ class AdapterMixin:
         def norm_layer(channels: int) -> nn.Module:
             return build_norm_layer(norm_cfg or dict(type='SyncBN'), channels)[1]
 
-        def attention(num_levels: int) -> nn.Module:
-            attn = MultiScaleDeformableAttention(
-                dims,
-                deform_num_heads,
-                num_levels,
-                n_points,
-                dropout=0.0,
-                batch_first=True,
-                value_proj_ratio=deform_ratio,
+        def attention(num_levels: int) -> DeformableAttention:
+            return DeformableAttention(
+                dims, deform_num_heads, num_levels, n_points, value_ratio=deform_ratio
             )
-            # In mixed precision mmcv would round the sampling points to the values' dtype: sample
-            # in float32, then return to the dtype of the weights.
-            attn.value_proj.register_forward_hook(_to_float32)
-            attn.output_proj.register_forward_pre_hook(_to_weight_dtype)
-            return attn
 
         def extractor() -> Extractor:
             return Extractor(
@@ -339,11 +326,3 @@ def _resize(x: Tensor, size: Sequence[int]) -> Tensor:
     if x.shape[2:] == tuple(size):
         return x
     return F.interpolate(x, size=size, mode='bilinear', align_corners=False)
-
-
-def _to_float32(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    return output.to(torch.promote_types(output.dtype, torch.float32))
-
-
-def _to_weight_dtype(module: nn.Linear, inputs: tuple[Tensor, ...]) -> Tensor:
-    return inputs[0].to(module.weight.dtype)

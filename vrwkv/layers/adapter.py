@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vrwkv_ops import ms_deform_attn
+
 from .drop_path import DropPath
 
 # As in ViT-Adapter; the plain backbone's own layer norms keep torch's default.
@@ -38,18 +40,18 @@ def init_adapter_weights(module: nn.Module) -> None:
 
 
 class DeformableInputs(NamedTuple):
-    """The geometry for deformable attention, under mmcv's names.
+    """The geometry for deformable attention.
 
     Attributes:
         reference_points: The position of each query, of shape ``(1, queries, 1, 2)``: x and y as
             fractions of the image.
-        spatial_shapes: Height and width of each map of values, of shape ``(levels, 2)``.
-        level_start_index: The index of each map's first value, of shape ``(levels,)``.
+        spatial_shapes: Height and width of each map of values.
+        sizes: Width and height of each map, of shape ``(levels, 2)``.
     """
 
     reference_points: Tensor
-    spatial_shapes: Tensor
-    level_start_index: Tensor
+    spatial_shapes: tuple[tuple[int, int], ...]
+    sizes: Tensor
 
     @classmethod
     def build(
@@ -77,14 +79,85 @@ class DeformableInputs(NamedTuple):
             x = (torch.arange(width, **options) + 0.5) / width
             grid = torch.stack(torch.meshgrid(y, x, indexing='ij')[::-1], dim=-1)
             points.append(grid.flatten(0, 1))
-        starts = [0]
-        for height, width in value_grids[:-1]:
-            starts.append(starts[-1] + height * width)
         return cls(
             reference_points=torch.cat(points)[None, :, None],
-            spatial_shapes=torch.tensor(value_grids, device=like.device),
-            level_start_index=torch.tensor(starts, device=like.device),
+            spatial_shapes=tuple(map(tuple, value_grids)),
+            sizes=torch.tensor([grid[::-1] for grid in value_grids], device=like.device),
         )
+
+
+class DeformableAttention(nn.Module):
+    """Multi-scale deformable attention (`Deformable DETR <https://arxiv.org/abs/2010.04159>`_).
+
+    Parameters and their initial values are those of mmcv's ``MultiScaleDeformableAttention``. The
+    sampling points are computed in float32 at least, whatever autocast and the weights' dtype are:
+    in half precision, neighbouring points of a large map would be equal.
+
+    Args:
+        embed_dims: Channels of a query and of a value, C.
+        num_heads: Heads; they divide the channels.
+        num_levels: Maps of values.
+        num_points: Points that each query samples in each head and map.
+        value_ratio: Channels of the projected values per channel.
+    """
+
+    def __init__(
+        self,
+        embed_dims: int,
+        num_heads: int,
+        num_levels: int,
+        num_points: int,
+        value_ratio: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.samples = (num_heads, num_levels, num_points)
+        value_dims = int(embed_dims * value_ratio)
+        self.sampling_offsets = nn.Linear(embed_dims, 2 * math.prod(self.samples))
+        self.attention_weights = nn.Linear(embed_dims, math.prod(self.samples))
+        self.value_proj = nn.Linear(embed_dims, value_dims)
+        self.output_proj = nn.Linear(value_dims, embed_dims)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Let each head look into its own direction, point n at a distance of n pixels."""
+        heads, _, points = self.samples
+        angles = torch.arange(heads, dtype=torch.float32) * (2 * math.pi / heads)
+        directions = torch.stack([angles.cos(), angles.sin()], -1)
+        directions = directions / directions.abs().max(-1, keepdim=True)[0]
+        steps = torch.arange(1, points + 1, dtype=torch.float32)[:, None]
+        offsets = (directions[:, None, None] * steps).expand(*self.samples, 2)
+        with torch.no_grad():
+            self.sampling_offsets.bias.copy_(offsets.flatten())
+        nn.init.zeros_(self.sampling_offsets.weight)
+        nn.init.zeros_(self.attention_weights.weight)
+        nn.init.zeros_(self.attention_weights.bias)
+        for projection in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(projection.weight)
+            nn.init.zeros_(projection.bias)
+
+    def forward(self, query: Tensor, value: Tensor, geometry: DeformableInputs) -> Tensor:
+        """Attend.
+
+        Args:
+            query: Queries, of shape ``(B, Q, C)``.
+            value: Values of all maps, of shape ``(B, S, C)``.
+            geometry: The positions of queries and values.
+
+        Returns:
+            A tensor of shape ``(B, Q, C)``.
+        """
+        heads, levels, points = self.samples
+        values = self.value_proj(value)
+        values = values.to(torch.promote_types(values.dtype, torch.float32))
+        offsets = self.sampling_offsets(query).unflatten(-1, (*self.samples, 2))
+        weights = self.attention_weights(query).unflatten(-1, (heads, levels * points))
+        weights = weights.softmax(-1).unflatten(-1, (levels, points))
+        offsets = offsets / geometry.sizes[:, None]
+        locations = geometry.reference_points[:, :, None, :, None] + offsets
+        sampled = ms_deform_attn(
+            values.unflatten(-1, (heads, -1)), geometry.spatial_shapes, locations, weights
+        )
+        return self.output_proj(sampled.to(self.output_proj.weight.dtype))
 
 
 class SpatialPriorModule(nn.Module):
@@ -209,8 +282,7 @@ class Injector(nn.Module):
 
     Args:
         embed_dims: Channels of a token, C.
-        attn: Deformable attention with the interface of mmcv's ``MultiScaleDeformableAttention``,
-            ``batch_first=True`` and a level for each map of the spatial prior.
+        attn: Deformable attention with a level for each map of the spatial prior.
         init_values: Initial value of ``gamma``. With 0, the injector changes nothing at first.
         with_cp: Whether to recompute in the backward pass to save memory.
     """
@@ -218,7 +290,7 @@ class Injector(nn.Module):
     def __init__(
         self,
         embed_dims: int,
-        attn: nn.Module,
+        attn: DeformableAttention,
         init_values: float = 0.0,
         with_cp: bool = False,
     ) -> None:
@@ -230,13 +302,7 @@ class Injector(nn.Module):
         self.gamma = nn.Parameter(torch.full((embed_dims,), float(init_values)))
 
     def _forward(self, x: Tensor, c: Tensor, geometry: DeformableInputs) -> Tensor:
-        attn = self.attn(
-            query=self.query_norm(x),
-            value=self.feat_norm(c),
-            # Without an identity mmcv adds the query.
-            identity=x.new_zeros(()),
-            **geometry._asdict(),
-        )
+        attn = self.attn(self.query_norm(x), self.feat_norm(c), geometry)
         return x + self.gamma * attn
 
     def forward(self, x: Tensor, c: Tensor, geometry: DeformableInputs) -> Tensor:
@@ -263,8 +329,7 @@ class Extractor(nn.Module):
 
     Args:
         embed_dims: Channels of a token, C.
-        attn: Deformable attention with the interface of mmcv's ``MultiScaleDeformableAttention``,
-            ``batch_first=True`` and one level.
+        attn: Deformable attention with one level.
         cffn_ratio: Hidden channels of the feed-forward network per channel; None for no network.
         drop_path: Probability of dropping the network's branch.
         with_cp: Whether to recompute in the backward pass to save memory.
@@ -276,7 +341,7 @@ class Extractor(nn.Module):
     def __init__(
         self,
         embed_dims: int,
-        attn: nn.Module,
+        attn: DeformableAttention,
         cffn_ratio: float | None = 0.25,
         drop_path: float = 0.0,
         with_cp: bool = False,
@@ -301,13 +366,7 @@ class Extractor(nn.Module):
     def _forward(
         self, c: Tensor, x: Tensor, geometry: DeformableInputs, grids: Sequence[tuple[int, int]]
     ) -> Tensor:
-        c = self.attn(
-            query=self.query_norm(c),
-            value=self.feat_norm(x),
-            # Without an identity mmcv adds the normalised query.
-            identity=c,
-            **geometry._asdict(),
-        )
+        c = c + self.attn(self.query_norm(c), self.feat_norm(x), geometry)
         if self.ffn is not None:
             c = c + self.drop_path(self.ffn(self.ffn_norm(c), grids))
         return c

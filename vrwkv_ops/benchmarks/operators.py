@@ -23,7 +23,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vrwkv_ops import bi_wkv, pointwise, scan, shift, sigmoid_gate, squared_relu, token_shift
+from vrwkv_ops import (
+    bi_wkv,
+    deform,
+    ms_deform_attn,
+    pointwise,
+    scan,
+    shift,
+    sigmoid_gate,
+    squared_relu,
+    token_shift,
+)
 from vrwkv_ops.benchmarking import (
     DTYPES,
     ArgumentParser,
@@ -37,7 +47,10 @@ from vrwkv_ops.benchmarking import (
 )
 
 PATCH = 16
-OURS = {'bi_wkv', 'token_shift', 'sigmoid_gate', 'squared_relu', 'attention', 'exp'}
+OURS = {
+    *('bi_wkv', 'token_shift', 'sigmoid_gate', 'squared_relu', 'attention', 'exp'),
+    *('ms_deform_attn', 'mmcv_deform_attn'),
+}
 PATIENCE = 5.0  # seconds that a call may take to be measured more than once
 
 
@@ -185,6 +198,8 @@ def make_kernels(
         [r.clamp(min=0).square(), 2 * g * r.clamp(min=0)],
         [gy],
     )
+    if args.deformable:
+        kernels |= deformable_kernels(batch, side, uniform, dtype, channels)
     if args.heads:
         heads = [t.unflatten(2, (args.heads, -1)).transpose(1, 2) for t in (k, v, gy)]
         kernels['attention'] = Kernel(
@@ -195,6 +210,46 @@ def make_kernels(
             [heads[2]],
         )
     kernels['exp'] = Kernel(torch.exp, [k], (2 * size * count, 5 * size * count), None, [gy])
+    return kernels
+
+
+def deformable_kernels(
+    batch: int, side: int, uniform: Callable, dtype: torch.dtype, channels: int
+) -> dict[str, Kernel]:
+    """Deformable attention as in the adapter's injectors, and mmcv's PyTorch function.
+
+    All tokens sample three maps with six heads and four points.
+    """
+    shapes = [(2 * side, 2 * side), (side, side), (max(1, side // 2),) * 2]
+    samples = (batch, side * side, 6, 3, 4)
+    value = uniform(batch, sum(h * w for h, w in shapes), 6, channels // 6).to(dtype)
+    # Gradients of places jump from pixel to pixel: keep half a step of 1/4096 away from centres.
+    places = (((uniform(*samples, 2) + 1) * 2048).floor() + 0.5) / 4096
+    points = [places.float(), uniform(*samples).float()]
+    grad = uniform(batch, side * side, channels).to(dtype)
+    wide = [value.double(), [n for shape in shapes for n in shape], *(x.double() for x in points)]
+    truth = [deform.forward(*wide), *deform.backward(grad.double(), *wide)]
+    size, read = value.element_size(), 4 * sum(x.numel() for x in points)
+    forward = size * (value.numel() + grad.numel()) + read
+    traffic = (forward, 2 * forward + size * value.numel() + read)
+
+    def ours(value, places, weights):
+        return ms_deform_attn(value, shapes, places, weights)
+
+    kernels = {'ms_deform_attn': Kernel(ours, [value, *points], traffic, truth, [grad])}
+    try:
+        from vrwkv.mmcv_ops import serve_mmcv_ops
+
+        serve_mmcv_ops()
+        from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
+    except ImportError:
+        return kernels
+
+    def theirs(value, places, weights):
+        return multi_scale_deformable_attn_pytorch(value, shapes, places, weights)
+
+    if dtype == torch.float32:  # it rounds the places to half types
+        kernels['mmcv_deform_attn'] = Kernel(theirs, [value, *points], traffic, truth, [grad])
     return kernels
 
 
@@ -331,6 +386,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         '--heads', type=int, default=3, help='of the attention; 0: leave it out (default: 3)'
     )
+    parser.add_argument(
+        '--deformable',
+        action='store_true',
+        help="deformable attention of the adapter too, beside mmcv's PyTorch function",
+    )
     args = parser.parse_args(argv)
     args.dtype = args.dtype or ['float32', *(['bfloat16'] if args.device.type == 'cuda' else [])]
     if args.heads < 0 or (args.heads and args.channels % args.heads):
@@ -339,6 +399,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(
             f'--channels must be at least 4 (Q-Shift has four groups), got {args.channels}'
         )
+    if args.deformable and args.channels % 6:
+        parser.error(f'--deformable has six heads, which must divide --channels {args.channels}')
     if min(args.resolutions) < PATCH:
         parser.error(f'--resolutions start at {PATCH} (a patch), got {min(args.resolutions)}')
     names = [peer.name for peer in args.peer]

@@ -230,6 +230,41 @@ std::vector<Tensor> token_shift_autograd(const Tensor& x, const Tensor& mixes, S
   return TokenShiftFunction::apply(x, mixes, height, width, shift_pixel, channel_gamma, std::string(mode), heads);
 }
 
+// --- Multi-scale deformable attention ---------------------------------------------------------
+
+using Deform = Tensor(const Tensor&, c10::SymIntArrayRef, const Tensor&, const Tensor&);
+using DeformBackward = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, c10::SymIntArrayRef, const Tensor&,
+                                                          const Tensor&);
+
+// One argument for autograd, which counts the elements of a list.
+struct Shapes {
+  c10::SymIntArrayRef sides;
+};
+
+struct MsDeformAttn : torch::autograd::Function<MsDeformAttn> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& value, const Shapes& shapes, const Tensor& locations,
+                        const Tensor& weights) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    static const auto op = find<Deform>("vrwkv_ops::ms_deform_attn");
+    ctx->save_for_backward({value, locations, weights});
+    ctx->saved_data["shapes"] = shapes.sides;
+    return op.call(value, shapes.sides, locations, weights);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    static const auto op = find<DeformBackward>("vrwkv_ops::ms_deform_attn_backward");
+    const auto saved = ctx->get_saved_variables();
+    const auto shapes = ctx->saved_data["shapes"].toSymIntVector();
+    auto [gvalue, glocations, gweights] = op.call(grads[0], saved[0], shapes, saved[1], saved[2]);
+    return {gvalue, Tensor(), glocations, gweights};
+  }
+};
+
+Tensor ms_deform_attn_autograd(const Tensor& value, c10::SymIntArrayRef shapes, const Tensor& locations,
+                               const Tensor& weights) {
+  return MsDeformAttn::apply(value, Shapes{shapes}, locations, weights);
+}
+
 // --- Element-wise functions -------------------------------------------------------------------
 
 struct SquaredRelu : torch::autograd::Function<SquaredRelu> {
@@ -325,6 +360,9 @@ TORCH_LIBRARY(vrwkv_ops, m) {
            " -> Tensor[]",
            "token_shift_backward(Tensor[] grads, Tensor x, Tensor mixes, SymInt height, SymInt width, int shift_pixel,"
            " float channel_gamma, str mode, int heads=1) -> (Tensor gx, Tensor gmixes)",
+           "ms_deform_attn(Tensor value, SymInt[] shapes, Tensor locations, Tensor weights) -> Tensor",
+           "ms_deform_attn_backward(Tensor grad, Tensor value, SymInt[] shapes, Tensor locations, Tensor weights)"
+           " -> (Tensor gvalue, Tensor glocations, Tensor gweights)",
            "squared_relu(Tensor x) -> Tensor",
            "squared_relu_backward(Tensor grad, Tensor x) -> Tensor",
            "sigmoid_gate(Tensor r, Tensor x) -> Tensor",
@@ -340,10 +378,11 @@ TORCH_LIBRARY_IMPL(vrwkv_ops, Autograd, m) {
   m.impl("bi_wkv6_forward", bi_wkv6_forward_autograd);
   m.impl("q_shift", q_shift_autograd);
   m.impl("token_shift", token_shift_autograd);
+  m.impl("ms_deform_attn", ms_deform_attn_autograd);
   m.impl("squared_relu", squared_relu_autograd);
   m.impl("sigmoid_gate", sigmoid_gate_autograd);
-  for (const char* name :
-       {"bi_wkv_backward", "bi_wkv6_backward", "token_shift_backward", "squared_relu_backward", "sigmoid_gate_backward"})
+  for (const char* name : {"bi_wkv_backward", "bi_wkv6_backward", "token_shift_backward", "ms_deform_attn_backward",
+                           "squared_relu_backward", "sigmoid_gate_backward"})
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&differentiable_once>());
 }
 

@@ -22,6 +22,11 @@
     std::tuple<at::Tensor, at::Tensor> token_shift_backward(                                                              \
         at::TensorList grads, const at::Tensor& x, const at::Tensor& mixes, int64_t height, int64_t width,                \
         int64_t shift_pixel, double channel_gamma, c10::string_view mode, int64_t heads);                                 \
+    at::Tensor ms_deform_attn(const at::Tensor& value, at::IntArrayRef shapes, const at::Tensor& locations,               \
+                              const at::Tensor& weights);                                                                 \
+    std::tuple<at::Tensor, at::Tensor, at::Tensor> ms_deform_attn_backward(                                               \
+        const at::Tensor& grad, const at::Tensor& value, at::IntArrayRef shapes, const at::Tensor& locations,             \
+        const at::Tensor& weights);                                                                                       \
     at::Tensor squared_relu(const at::Tensor& x);                                                                         \
     at::Tensor squared_relu_backward(const at::Tensor& grad, const at::Tensor& x);                                        \
     at::Tensor sigmoid_gate(const at::Tensor& r, const at::Tensor& x);                                                    \

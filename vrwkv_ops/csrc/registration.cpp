@@ -16,6 +16,8 @@ TORCH_LIBRARY_IMPL(vrwkv_ops, CPU, m) {
   m.impl("q_shift", kernels::q_shift);
   m.impl("token_shift", kernels::token_shift);
   m.impl("token_shift_backward", kernels::token_shift_backward);
+  m.impl("ms_deform_attn", kernels::ms_deform_attn);
+  m.impl("ms_deform_attn_backward", kernels::ms_deform_attn_backward);
   m.impl("squared_relu", kernels::squared_relu);
   m.impl("squared_relu_backward", kernels::squared_relu_backward);
   m.impl("sigmoid_gate", kernels::sigmoid_gate);

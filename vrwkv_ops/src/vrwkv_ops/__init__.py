@@ -1,8 +1,7 @@
-"""Operators of Vision-RWKV: the attentions Bi-WKV and Bi-WKV6, and the token shifts.
+"""Operators of Vision-RWKV and its adapter: Bi-WKV, Bi-WKV6, token shifts, deformable attention.
 
-``bi_wkv``, ``token_shift``, ``q_shift``, ``squared_relu`` and ``sigmoid_gate`` run compiled kernels
-if there are any, and vectorised PyTorch otherwise; ``bi_wkv6`` always runs in PyTorch. ``python -m
-vrwkv_ops`` shows which, and why.
+They run compiled kernels if there are any, and vectorised PyTorch otherwise; ``bi_wkv6`` always
+runs in PyTorch. ``python -m vrwkv_ops`` shows which, and why.
 """
 
 import torch
@@ -14,13 +13,22 @@ if not hasattr(torch.library, 'register_fake'):
     )
 
 from vrwkv_ops.decomposition import decompositions
-from vrwkv_ops.ops import bi_wkv, bi_wkv6, q_shift, sigmoid_gate, squared_relu, token_shift
+from vrwkv_ops.ops import (
+    bi_wkv,
+    bi_wkv6,
+    ms_deform_attn,
+    q_shift,
+    sigmoid_gate,
+    squared_relu,
+    token_shift,
+)
 
 __version__ = '0.1.0'
 __all__ = [
     'bi_wkv',
     'bi_wkv6',
     'decompositions',
+    'ms_deform_attn',
     'q_shift',
     'sigmoid_gate',
     'squared_relu',

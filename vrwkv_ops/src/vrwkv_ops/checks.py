@@ -149,6 +149,76 @@ def check_pointwise(op: str, **tensors: Tensor) -> None:
             )
 
 
+MAX_LEVELS = 16
+
+
+def check_ms_deform_attn(
+    value: Tensor,
+    spatial_shapes: Sequence[tuple[int, int]],
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+) -> None:
+    """Check the arguments of :func:`vrwkv_ops.ms_deform_attn`.
+
+    Raises:
+        TypeError: If an argument has a type or dtype that is not accepted.
+        ValueError: If a shape, a value or a device does not fit.
+    """
+    op = 'ms_deform_attn'
+    tensors = dict(
+        value=value, sampling_locations=sampling_locations, attention_weights=attention_weights
+    )
+    for name, tensor in tensors.items():
+        _check_float_tensor(op, name, tensor)
+        if tensor.device != value.device:
+            raise ValueError(
+                f"{op}: '{name}' is on {tensor.device} but 'value' is on {value.device}; "
+                'move all arguments to one device'
+            )
+    is_sequence = isinstance(spatial_shapes, (tuple, list))
+    if not is_sequence or not all(isinstance(shape, (tuple, list)) for shape in spatial_shapes):
+        raise TypeError(
+            f"{op}: 'spatial_shapes' must be a sequence of pairs of ints (height, width), got "
+            f'{type(spatial_shapes).__name__}; convert a tensor with tolist()'
+        )
+    for shape in spatial_shapes:
+        if len(shape) != 2 or not all(map(_is_int, shape)):
+            raise TypeError(
+                f"{op}: 'spatial_shapes' must hold pairs of ints (height, width), got "
+                f'{tuple(shape)!r}'
+            )
+        if shape[0] < 1 or shape[1] < 1:
+            raise ValueError(f"{op}: 'spatial_shapes' must be positive, got {tuple(shape)!r}")
+    if not 1 <= len(spatial_shapes) <= MAX_LEVELS:
+        raise ValueError(
+            f"{op}: 'spatial_shapes' must have 1 to {MAX_LEVELS} levels, got {len(spatial_shapes)}"
+        )
+    if value.dim() != 4 or not value.shape[2] or not value.shape[3]:
+        raise ValueError(
+            f"{op}: 'value' must have shape (B, S, H, D) with H >= 1 and D >= 1, got "
+            f'{tuple(value.shape)}'
+        )
+    total = sum(height * width for height, width in spatial_shapes)
+    if total != value.shape[1]:
+        raise ValueError(
+            f"{op}: 'spatial_shapes' {tuple(spatial_shapes)} hold {total} values but 'value' of "
+            f'shape {tuple(value.shape)} has S = {value.shape[1]}'
+        )
+    batch, _, heads, _ = value.shape
+    levels = len(spatial_shapes)
+    shape = tuple(sampling_locations.shape)
+    if len(shape) != 6 or (shape[0], *shape[2:4], shape[5]) != (batch, heads, levels, 2):
+        raise ValueError(
+            f"{op}: 'sampling_locations' must have shape (B, Q, H, L, P, 2) with B = {batch}, "
+            f'H = {heads} and L = {levels}, got {shape}'
+        )
+    if attention_weights.shape != sampling_locations.shape[:5]:
+        raise ValueError(
+            f"{op}: 'attention_weights' must have shape (B, Q, H, L, P) = {shape[:5]}, got "
+            f'{tuple(attention_weights.shape)}'
+        )
+
+
 SHIFT_MODES = ('q_shift', 'single_shift', 'double_shift')
 MAX_MIXES = 3
 

@@ -64,6 +64,7 @@ def decompositions(form: str = 'auto', chunk: int = CHUNK) -> dict:
         ops.bi_wkv_forward.default: bi_wkv_forward,
         ops.q_shift.default: _q_shift,
         ops.token_shift.default: _token_shift,
+        ops.ms_deform_attn.default: _ms_deform_attn,
         ops.squared_relu.default: lambda x: F.relu(x).square(),
         ops.sigmoid_gate.default: lambda r, x: r.sigmoid() * x,
     }
@@ -214,3 +215,22 @@ def _token_shift(x, mixes, height, width, shift_pixel, channel_gamma, mode, head
     own = x.to(mixes.dtype)
     shifted = _shift(own, height, width, shift_pixel, channel_gamma, mode, heads)
     return [torch.lerp(shifted, own, mix).to(x.dtype) for mix in mixes.unbind()]
+
+
+# --- Multi-scale deformable attention ----------------------------------------------------------
+
+
+def _ms_deform_attn(value, shapes, locations, weights):
+    """Sample one map after the other with PyTorch's ``grid_sample``."""
+    dtype = accumulation_dtype(value.dtype)
+    batch, heads = value.shape[0], value.shape[2]
+    places, weights = 2 * locations.to(dtype) - 1, weights.to(dtype)
+    total, start = 0, 0
+    for level, (height, width) in enumerate(zip(shapes[::2], shapes[1::2], strict=True)):
+        pixels = value[:, start : start + height * width].to(dtype)
+        start += height * width
+        maps = pixels.permute(0, 2, 3, 1).flatten(0, 1).unflatten(2, (height, width))
+        grid = places[:, :, :, level].transpose(1, 2).flatten(0, 1)  # (B * H, Q, P, 2)
+        weight = weights[:, :, :, level].transpose(1, 2).flatten(0, 1).unsqueeze(1)
+        total = total + (F.grid_sample(maps, grid, align_corners=False) * weight).sum(-1)
+    return total.unflatten(0, (batch, heads)).permute(0, 3, 1, 2).flatten(2).to(value.dtype)

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from vrwkv_ops import backends, pointwise, scan, shift, wkv6
+from vrwkv_ops import backends, deform, pointwise, scan, shift, wkv6
 from vrwkv_ops.checks import accumulation_dtype, check_bi_wkv
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -182,6 +182,34 @@ def _token_shift_backward(grads, x, mixes, *args):
     return shift.backward(grads, x, mixes, *args)
 
 
+# --- Multi-scale deformable attention ---------------------------------------------------------
+
+
+def _ms_deform_attn(value, *args):
+    backends.warn_if_slow(value.device)
+    return deform.forward(value, *args)
+
+
+def _ms_deform_attn_fake(value, shapes, locations, weights):
+    return value.new_empty(value.shape[0], locations.shape[1], value.shape[2] * value.shape[3])
+
+
+def _ms_deform_attn_setup_context(ctx, inputs, output):
+    value, ctx.shapes, *points = inputs
+    ctx.save_for_backward(value, *points)
+
+
+def _ms_deform_attn_autograd(ops, ctx, grad):
+    value, *points = ctx.saved_tensors
+    gvalue, *gpoints = ops.ms_deform_attn_backward(grad, value, ctx.shapes, *points)
+    return (gvalue, None, *gpoints)
+
+
+def _ms_deform_attn_backward(grad, value, *args):
+    backends.warn_if_slow(value.device)
+    return deform.backward(grad, value, *args)
+
+
 # --- Element-wise functions -------------------------------------------------------------------
 
 
@@ -272,6 +300,19 @@ OPERATORS = (
         ' -> (Tensor gx, Tensor gmixes)',
         _token_shift_backward,
         lambda grads, x, mixes, *_: (_empty(x), _empty(mixes)),
+    ),
+    Operator(
+        'ms_deform_attn(Tensor value, SymInt[] shapes, Tensor locations, Tensor weights) -> Tensor',
+        _ms_deform_attn,
+        _ms_deform_attn_fake,
+        _ms_deform_attn_setup_context,
+        _ms_deform_attn_autograd,
+    ),
+    Operator(
+        'ms_deform_attn_backward(Tensor grad, Tensor value, SymInt[] shapes, Tensor locations,'
+        ' Tensor weights) -> (Tensor gvalue, Tensor glocations, Tensor gweights)',
+        _ms_deform_attn_backward,
+        lambda grad, value, shapes, *points: (_empty(value), *map(_empty, points)),
     ),
     Operator(
         'squared_relu(Tensor x) -> Tensor',

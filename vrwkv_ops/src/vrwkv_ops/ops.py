@@ -10,6 +10,7 @@ from vrwkv_ops.checks import (
     accumulation_dtype,
     check_bi_wkv,
     check_bi_wkv6,
+    check_ms_deform_attn,
     check_pointwise,
     check_q_shift,
     check_token_shift,
@@ -25,6 +26,7 @@ _bi_wkv = _ops.bi_wkv.default
 _bi_wkv6 = _ops.bi_wkv6_forward.default
 _q_shift = _ops.q_shift.default
 _token_shift = _ops.token_shift.default
+_ms_deform_attn = _ops.ms_deform_attn.default
 _squared_relu = _ops.squared_relu.default
 _sigmoid_gate = _ops.sigmoid_gate.default
 
@@ -180,6 +182,46 @@ def token_shift(
     height, width = resolution if mode == 'q_shift' else (1, x.shape[1])
     gamma = 1 / 4 if channel_gamma is None else float(channel_gamma)
     return tuple(_token_shift(x, mixes, height, width, shift_pixel, gamma, mode, heads))
+
+
+def ms_deform_attn(
+    value: Tensor,
+    spatial_shapes: Sequence[tuple[int, int]],
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+) -> Tensor:
+    r"""Multi-scale deformable attention of `Deformable DETR <https://arxiv.org/abs/2010.04159>`_.
+
+    Equation 3 there. Each query and head samples P points of each of L maps by bilinear
+    interpolation and sums them with its attention weights. Pixels have their centres at
+    ``((column + 0.5) / width, (row + 0.5) / height)``; outside a map all values are zero, as in
+    mmcv's ``MultiScaleDeformableAttention``. No temporary is larger than the output if all tensors
+    are contiguous. Differentiable once in the tensors. Float16 and bfloat16 are accumulated in
+    float32. Results are deterministic on the CPU, and on a GPU if
+    ``torch.use_deterministic_algorithms`` asks for it.
+
+    Args:
+        value: Values of all maps, each in row-major order, shape (B, S, H, D).
+        spatial_shapes: Height and width of the L maps, at most 16; S values in all.
+        sampling_locations: x and y of the points as fractions of the map, shape
+            (B, Q, H, L, P, 2). Those outside [0, 1] are near or beyond the border. Where ``value``
+            has a half type, float32 points keep neighbouring points of a large map apart.
+        attention_weights: Weights of the points, shape (B, Q, H, L, P).
+
+    Returns:
+        Tensor of shape (B, Q, H * D) and the dtype of ``value``, contiguous.
+
+    Raises:
+        TypeError: If an argument has a type or dtype that is not accepted.
+        ValueError: If a shape, a value or a device does not fit.
+    """
+    check_ms_deform_attn(value, spatial_shapes, sampling_locations, attention_weights)
+    shapes = [side for shape in spatial_shapes for side in shape]
+    dtype = accumulation_dtype(value.dtype)
+    if sampling_locations.dtype != value.dtype or attention_weights.dtype != value.dtype:
+        sampling_locations = sampling_locations.to(dtype)
+        attention_weights = attention_weights.to(dtype)
+    return _ms_deform_attn(value, shapes, sampling_locations, attention_weights)
 
 
 def squared_relu(x: Tensor) -> Tensor:

@@ -3,6 +3,8 @@
 All are differentiable by PyTorch's autograd and work in any floating dtype and on any device.
 """
 
+import itertools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +14,7 @@ from vrwkv_ops.checks import (
     accumulation_dtype,
     check_bi_wkv,
     check_bi_wkv6,
+    check_ms_deform_attn,
     check_pointwise,
     check_q_shift,
     check_token_shift,
@@ -80,6 +83,37 @@ def bi_wkv6_reference(
             new = k[:, t].unsqueeze(-1) * v[:, t].unsqueeze(-2)
             state = decay[:, t].unsqueeze(-1) * state + new
     return torch.stack(y, dim=1).flatten(2).to(out_dtype)
+
+
+def ms_deform_attn_reference(
+    value: Tensor,
+    spatial_shapes: Sequence[tuple[int, int]],
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+) -> Tensor:
+    """Sample point by point; arguments and result as for :func:`vrwkv_ops.ms_deform_attn`."""
+    check_ms_deform_attn(value, spatial_shapes, sampling_locations, attention_weights)
+    batch, queries, heads, _, points, _ = sampling_locations.shape
+    dtype = accumulation_dtype(value.dtype)
+    locations, weights = sampling_locations.to(dtype), attention_weights.to(dtype)
+    out = value.new_zeros(batch, queries, heads, value.shape[3], dtype=dtype)
+    start = 0
+    for level, (height, width) in enumerate(spatial_shapes):
+        grid = value[:, start : start + height * width].unflatten(1, (height, width)).to(dtype)
+        start += height * width
+        for b, q, h, n in itertools.product(*map(range, (batch, queries, heads, points))):
+            x, y = locations[b, q, h, level, n]
+            # The steps of grid_sample: a rounding may decide which pixel a gradient sees.
+            x, y = (2 * x - 1 + 1) * (width / 2) - 0.5, (2 * y - 1 + 1) * (height / 2) - 0.5
+            if not (-1 <= x < width and -1 <= y < height):
+                continue
+            column, row = math.floor(x.item()), math.floor(y.item())
+            for r, weight_y in ((row, row + 1 - y), (row + 1, y - row)):
+                for c, weight_x in ((column, column + 1 - x), (column + 1, x - column)):
+                    if 0 <= r < height and 0 <= c < width:
+                        weight = weights[b, q, h, level, n] * weight_y * weight_x
+                        out[b, q, h] = out[b, q, h] + weight * grid[b, r, c, h]
+    return out.flatten(2).to(value.dtype)
 
 
 def q_shift_reference(

@@ -41,7 +41,7 @@ def _kernel(name: str, fallback: Callable) -> Callable:
 
 @functools.cache
 def _operators() -> dict[str, Callable]:
-    from vrwkv_ops.triton import bi_wkv, pointwise, token_shift
+    from vrwkv_ops.triton import bi_wkv, ms_deform_attn, pointwise, token_shift
 
     return {
         'bi_wkv_forward': bi_wkv.forward,
@@ -49,6 +49,8 @@ def _operators() -> dict[str, Callable]:
         'q_shift': token_shift.q_shift,
         'token_shift': token_shift.token_shift,
         'token_shift_backward': token_shift.token_shift_backward,
+        'ms_deform_attn': ms_deform_attn.ms_deform_attn,
+        'ms_deform_attn_backward': ms_deform_attn.ms_deform_attn_backward,
         'squared_relu': pointwise.squared_relu,
         'squared_relu_backward': pointwise.squared_relu_backward,
         'sigmoid_gate': pointwise.sigmoid_gate,
