@@ -9,8 +9,10 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #define __global__
@@ -38,8 +40,8 @@ enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 
 namespace emulator {
 
-inline size_t shared_limit = 227 << 10;  // of an H100
-inline size_t allowed_shared = 48 << 10;
+inline size_t shared_limit = 227 << 10;                                  // of an H100
+inline std::map<std::pair<const void*, size_t>, size_t> allowed_shared;  // by kernel and device, which its limit names
 inline unsigned char* dynamic_memory;
 inline int64_t careful_calls, launches;
 inline bool is_reversed;  // Whether the last thread comes first. A result that changes shows a barrier that is missing.
@@ -96,9 +98,11 @@ inline void run_block(size_t count) {
 }
 
 template <typename Body>
-void launch(dim3 grid, int64_t count, size_t bytes, cudaStream_t, const Body& kernel) {
+void launch(dim3 grid, int64_t count, size_t bytes, cudaStream_t, const Body& kernel, const void* address = nullptr) {
   constexpr size_t kGuard = 64;
-  TORCH_CHECK(grid.x >= 1 && grid.y >= 1 && grid.y <= 65535 && count >= 1 && count <= 1024 && bytes <= allowed_shared,
+  const auto found = allowed_shared.find({address, shared_limit});
+  const size_t allowed = found == allowed_shared.end() ? 48 << 10 : found->second;
+  TORCH_CHECK(grid.x >= 1 && grid.y >= 1 && grid.y <= 65535 && count >= 1 && count <= 1024 && bytes <= allowed,
               "no such launch: ", grid.x, " x ", grid.y, " blocks of ", count, " threads with ", bytes, " bytes");
   ++launches;
   std::vector<uint4> memory((bytes + kGuard) / sizeof(uint4) + 1);
@@ -114,7 +118,6 @@ void launch(dim3 grid, int64_t count, size_t bytes, cudaStream_t, const Body& ke
         TORCH_CHECK(dynamic_memory[bytes + i] == 0xff, "a write past the ", bytes, " bytes of shared memory");
     }
   }
-  allowed_shared = 48 << 10;
 }
 
 struct Properties {
@@ -150,9 +153,9 @@ inline void __pipeline_commit() {}
 inline void __pipeline_wait_prior(int) {}
 
 template <typename Kernel>
-void cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int bytes) {
+void cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
   TORCH_CHECK(static_cast<size_t>(bytes) <= emulator::shared_limit, "too much shared memory: ", bytes);
-  emulator::allowed_shared = bytes;
+  emulator::allowed_shared[{reinterpret_cast<const void*>(kernel), emulator::shared_limit}] = bytes;
 }
 
 namespace at::cuda {
@@ -161,6 +164,9 @@ inline std::unique_ptr<emulator::Properties> getCurrentDeviceProperties() { retu
 }  // namespace at::cuda
 
 namespace c10::cuda {
+// Another limit is another device, one for each KiB of a block.
+inline int current_device() { return static_cast<int>((emulator::shared_limit >> 10) % 128); }
+
 struct CUDAGuard {
   explicit CUDAGuard(c10::Device) {}
 };

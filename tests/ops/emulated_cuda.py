@@ -20,8 +20,8 @@ HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / 'vrwkv_ops' / 'csrc'
 BUILD = HERE.parents[1] / 'build' / 'emulated_cuda'
 HEADERS = (
-    *('ATen/cuda/CUDAContext.h', 'c10/cuda/CUDAException.h', 'c10/cuda/CUDAGuard.h'),
-    'cuda_pipeline.h',
+    *('ATen/cuda/CUDAContext.h', 'c10/cuda/CUDAException.h', 'c10/cuda/CUDAFunctions.h'),
+    *('c10/cuda/CUDAGuard.h', 'cuda_pipeline.h'),
 )
 # CUDA fuses multiply-adds, which exponents rely on.
 FLAGS = ['-std=c++20', '-O1', '-fPIC', '-w', '-DVRWKV_HAS_FMA=1']
@@ -29,12 +29,15 @@ FLAGS = ['-std=c++20', '-O1', '-fPIC', '-w', '-DVRWKV_HAS_FMA=1']
 
 def translate(source: str) -> str:
     """Replaces in the source of kernels what no macro can express."""
-    source, launches = re.subn(
-        r'([\w:]+(?:<[^;<>]*>)?)<<<(.*?)>>>\((.*?)\);',
-        r'emulator::launch(\2, [&] { \1(\3); });',
-        source,
-        flags=re.DOTALL,
-    )
+
+    def launch(match: re.Match) -> str:
+        name, sizes, arguments = match.groups()
+        # Only a variable has one address: it names the kernels that need more shared memory.
+        address = f', reinterpret_cast<const void*>({name})' if name == 'kernel' else ''
+        return f'emulator::launch({sizes}, [&] {{ {name}({arguments}); }}{address});'
+
+    pattern = r'([\w:]+(?:<[^;<>]*>)?)<<<(.*?)>>>\((.*?)\);'
+    source, launches = re.subn(pattern, launch, source, flags=re.DOTALL)
     assert launches and '<<<' not in source
     source = source.replace(
         'extern __shared__ __align__(16) unsigned char memory[];',

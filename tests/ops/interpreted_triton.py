@@ -105,5 +105,5 @@ if __name__ == '__main__':
     use_tiles(8, 4, 2)
     token_shift._BLOCKS = dict(BLOCK_T=8, BLOCK_C=16)
     pointwise._BLOCK = 64
-    ms_deform_attn._ELEMENTS = 64
+    ms_deform_attn._ELEMENTS = 512
     serve(Connection(int(sys.argv[1])))

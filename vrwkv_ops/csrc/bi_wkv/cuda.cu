@@ -4,11 +4,14 @@
 // weights in chunk.h.
 #include <ATen/cuda/CUDAContext.h>
 #include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <cuda_pipeline.h>
 
 #include <algorithm>
+#include <array>
 #include <limits>
+#include <mutex>
 
 #include "../common/cuda_launch.h"
 #include "../operators.h"
@@ -41,6 +44,7 @@ using vrwkv_ops::WkvParams;
 constexpr int kMaxRows = 16;  // warps of a block
 constexpr int64_t kMaxGridX = std::numeric_limits<int32_t>::max();
 constexpr int64_t kMaxGridY = 65535;
+constexpr int kMaxDevices = 128;
 
 // Blocks that a multiprocessor holds at the same time, so that one loads while another computes, and the warps of a block if a
 // sequence has several tiles.
@@ -243,13 +247,28 @@ __global__ void __launch_bounds__(kColumns* vrwkv::kSegments) join_kernel(const 
   }
 }
 
+// The rows (warps) of the largest tile that shared memory can hold.
+template <typename P>
+int largest_rows() {
+  const size_t limit = at::cuda::getCurrentDeviceProperties()->sharedMemPerBlockOptin;
+  int rows = kMaxRows;
+  while (rows > 1 && SharedTile<P>::bytes(rows) > limit) --rows;
+  return rows;
+}
+
 template <typename Pass, bool outputs>
 void launch_tiles(const typename Pass::P& p, cudaStream_t stream) {
   using Tile = SharedTile<typename Pass::P>;
   const int rows = static_cast<int>(ceil_div(p.chunk_length, kMaxChunk));
   const int bytes = static_cast<int>(Tile::bytes(rows));
   const auto kernel = tile_kernel<Pass, outputs>;
-  C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  // Once for each function and device, and for the largest tile: a limit that follows the tile at hand could be lowered by
+  // another thread before the launch.
+  static std::array<std::once_flag, kMaxDevices> is_set;
+  std::call_once(is_set.at(c10::cuda::current_device()), [&] {
+    const int most = static_cast<int>(Tile::bytes(largest_rows<typename Pass::P>()));
+    C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
+  });
   const int64_t blocks = std::min(p.batch * p.chunks * Tile::column_blocks(p.channels), kMaxGridX);
   kernel<<<static_cast<unsigned>(blocks), rows * kColumns, bytes, stream>>>(p, rows);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
@@ -277,9 +296,7 @@ struct CudaBackend {
   // A tile is as long as the sequence if shared memory can hold that.
   template <typename P>
   static vrwkv_ops::Chunking chunking(int64_t tokens) {
-    const size_t limit = at::cuda::getCurrentDeviceProperties()->sharedMemPerBlockOptin;
-    int rows = kMaxRows;
-    while (rows > 1 && SharedTile<P>::bytes(rows) > limit) --rows;
+    int rows = largest_rows<P>();
     if (tokens > rows * kMaxChunk) rows = std::min(rows, Occupancy<P>::kRows);
     return {std::min<int64_t>(tokens, rows * kMaxChunk), kMaxChunk + 1};
   }

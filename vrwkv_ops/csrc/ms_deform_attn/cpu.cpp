@@ -35,13 +35,13 @@ struct CpuBackend {
     using acc_t = typename P::acc_t;
     const auto& kernels = cpu_kernels<DeformKernels<scalar_t>>();
     at::parallel_for(0, p.batch * p.heads, 1, [&](int64_t begin, int64_t end) {
-      std::vector<acc_t> sums;
+      std::vector<acc_t> sums, row(p.channels);
       for (int64_t i = begin; i < end; ++i) {
         if constexpr (!std::is_same_v<scalar_t, acc_t>) sums.assign(p.values * p.channels, acc_t(0));
         if constexpr (std::is_same_v<scalar_t, typename P::point_t>) {
-          kernels.backward(p, i / p.heads, i % p.heads, sums.data());
+          kernels.backward(p, i / p.heads, i % p.heads, sums.data(), row.data());
         } else {
-          kernels.backward_wide(p, i / p.heads, i % p.heads, sums.data());
+          kernels.backward_wide(p, i / p.heads, i % p.heads, sums.data(), row.data());
         }
       }
     });

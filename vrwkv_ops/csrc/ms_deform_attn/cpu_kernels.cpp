@@ -41,42 +41,34 @@ VRWKV_FN void for_each_point(const P& p, int64_t row, int64_t head, const Body& 
   }
 }
 
-// Channels from c on of the pixels around a point: those outside the map have zeros.
-template <typename P>
-struct Pixels {
-  using scalar_t = typename P::scalar_t;
-  const scalar_t* at[4];
-
-  VRWKV_FN Pixels(const P& p, const Corners<typename P::acc_t>& corners, int64_t image, int64_t head, int64_t c) {
-    static const scalar_t zeros[kWide] = {};
-    for (int n = 0; n < 4; ++n) {
-      const int64_t s = corners.value[n];
-      at[n] = s < 0 ? zeros : p.value + ((image * p.values + s) * p.heads + head) * p.channels + c;
-    }
-  }
-};
+// The pixels around a point: those outside the map have zeros. `base` is the first value, of one head.
+template <typename T, typename scalar_t>
+VRWKV_FN void find_pixels(const scalar_t* (&at)[4], const Corners<T>& corners, const scalar_t* base, int64_t stride) {
+  static const scalar_t zeros[kWide] = {};
+  for (int n = 0; n < 4; ++n) at[n] = corners.value[n] < 0 ? zeros : base + corners.value[n] * stride;
+}
 
 template <typename P>
 void deform_forward(const P& p, int64_t first_row, int64_t last_row) {
   using T = typename P::acc_t;
   using scalar_t = typename P::scalar_t;
+  const int64_t stride = p.heads * p.channels;
   for (int64_t row = first_row; row < last_row; ++row) {
-    const int64_t image = row / p.queries;
     for (int64_t head = 0; head < p.heads; ++head) {
+      const scalar_t* const value = p.value + row / p.queries * p.values * stride + head * p.channels;
       scalar_t* out = p.out + (row * p.heads + head) * p.channels;
       for_each_block(p.channels, [&](int64_t c, auto block) VRWKV_INLINE_LAMBDA {
         constexpr int kLanes = decltype(block)::kCount;
         Vector<T, kLanes> sum;
         for_each_point(p, row, head, [&](const Corners<T>& corners, T attention, int64_t, int64_t) VRWKV_INLINE_LAMBDA {
-          const Pixels<P> pixels(p, corners, image, head, c);
-          Vector<T, kLanes> v[4];
-          T weight[4];
-          for (int n = 0; n < 4; ++n) {
-            load(v[n], pixels.at[n], 1, kLanes);
-            weight[n] = attention * corners.weight[n];
-          }
+          const scalar_t* at[4];
+          find_pixels(at, corners, value + c, stride);
+          const scalar_t *v0 = at[0], *v1 = at[1], *v2 = at[2], *v3 = at[3];
+          const T w0 = attention * corners.weight[0], w1 = attention * corners.weight[1];
+          const T w2 = attention * corners.weight[2], w3 = attention * corners.weight[3];
           for (int j = 0; j < kLanes; ++j)
-            sum.x[j] += (weight[0] * v[0].x[j] + weight[1] * v[1].x[j]) + (weight[2] * v[2].x[j] + weight[3] * v[3].x[j]);
+            sum.x[j] += (w0 * static_cast<T>(v0[j]) + w1 * static_cast<T>(v1[j])) +
+                        (w2 * static_cast<T>(v2[j]) + w3 * static_cast<T>(v3[j]));
         });
         store(out + c, sum, kLanes);
       });
@@ -84,45 +76,40 @@ void deform_forward(const P& p, int64_t first_row, int64_t last_row) {
   }
 }
 
-// Adds `factor` times a vector; to[0] is the first of kLanes neighbours.
-template <typename T, int kLanes>
-VRWKV_FN void add_scaled(T* to, T factor, const Vector<T, kLanes>& x) {
-  for (int j = 0; j < kLanes; ++j) to[j] += factor * x.x[j];
+// Adds `factor` times x to the sums of a pixel, and to `lanes` the products of x and the pixel.
+template <int kLanes, typename T, typename scalar_t>
+VRWKV_FN void visit_pixel(T* __restrict__ sums, const T* __restrict__ x, const scalar_t* __restrict__ pixel, T factor,
+                          T (&lanes)[kNarrow]) {
+  constexpr int kStep = kLanes < kNarrow ? 1 : kNarrow;
+  for (int first = 0; first < kLanes; first += kStep)
+    for (int j = 0; j < kStep; ++j) lanes[j] += x[first + j] * static_cast<T>(pixel[first + j]);
+  for (int j = 0; j < kLanes; ++j) sums[j] += factor * x[j];
 }
 
 template <typename P>
-void deform_backward(const P& p, int64_t image, int64_t head, typename P::acc_t* sums) {
+void deform_backward(const P& p, int64_t image, int64_t head, typename P::acc_t* sums, typename P::acc_t* row_grad) {
   using T = typename P::acc_t;
   using scalar_t = typename P::scalar_t;
-  int64_t stride = p.channels;
-  if constexpr (std::is_same_v<T, scalar_t>) {
-    sums = p.gvalue + (image * p.values * p.heads + head) * p.channels;
-    stride *= p.heads;
-  }
+  constexpr bool kIsHalf = !std::is_same_v<T, scalar_t>;
+  const int64_t stride = p.heads * p.channels, sums_stride = kIsHalf ? p.channels : stride;
+  const int64_t start = image * p.values * stride + head * p.channels;
+  if constexpr (!kIsHalf) sums = p.gvalue + start;
   for (int64_t q = 0; q < p.queries; ++q) {
     const int64_t row = image * p.queries + q;
-    const scalar_t* grad = p.grad + (row * p.heads + head) * p.channels;
+    for (int64_t c = 0; c < p.channels; ++c) row_grad[c] = static_cast<T>(p.grad[(row * p.heads + head) * p.channels + c]);
     const auto point = [&](const Corners<T>& corners, T attention, int64_t level, int64_t i) VRWKV_INLINE_LAMBDA {
-      Vector<T, kNarrow> lanes[4];
       T dot[4] = {};
-      for_each_block(p.channels, [&](int64_t c, auto block) VRWKV_INLINE_LAMBDA {
-        constexpr int kLanes = decltype(block)::kCount;
-        const Pixels<P> pixels(p, corners, image, head, c);
-        Vector<T, kLanes> g, v;
-        load(g, grad + c, 1, kLanes);
-        for (int n = 0; n < 4; ++n) {
-          load(v, pixels.at[n], 1, kLanes);
-          if constexpr (kLanes == 1) {
-            dot[n] += g.x[0] * v.x[0];
-          } else {
-            for (int first = 0; first < kLanes; first += kNarrow)
-              for (int j = 0; j < kNarrow; ++j) lanes[n].x[j] += g.x[first + j] * v.x[first + j];
-          }
-          if (corners.value[n] >= 0) add_scaled(sums + corners.value[n] * stride + c, attention * corners.weight[n], g);
-        }
-      });
-      for (int n = 0; n < 4; ++n)
-        for (int j = 0; j < kNarrow; ++j) dot[n] += lanes[n].x[j];
+      for (int n = 0; n < 4; ++n) {
+        const int64_t s = corners.value[n];
+        if (s < 0) continue;
+        const T factor = attention * corners.weight[n];
+        T lanes[kNarrow] = {};
+        for_each_block(p.channels, [&](int64_t c, auto block) VRWKV_INLINE_LAMBDA {
+          visit_pixel<decltype(block)::kCount>(sums + s * sums_stride + c, row_grad + c, p.value + start + s * stride + c,
+                                               factor, lanes);
+        });
+        for (int j = 0; j < kNarrow; ++j) dot[n] += lanes[j];
+      }
       T gweight, gx, gy;
       corners.gradients(p, level, attention, dot, gweight, gx, gy);
       p.gweights[i] = static_cast<typename P::point_t>(gweight);
@@ -131,11 +118,10 @@ void deform_backward(const P& p, int64_t image, int64_t head, typename P::acc_t*
     };
     for_each_point(p, row, head, point);
   }
-  if constexpr (!std::is_same_v<T, scalar_t>) {
-    for (int64_t s = 0; s < p.values; ++s) {
-      scalar_t* to = p.gvalue + ((image * p.values + s) * p.heads + head) * p.channels;
-      for (int64_t c = 0; c < p.channels; ++c) to[c] = static_cast<scalar_t>(sums[s * p.channels + c]);
-    }
+  if constexpr (kIsHalf) {
+    for (int64_t s = 0; s < p.values; ++s)
+      for (int64_t c = 0; c < p.channels; ++c)
+        p.gvalue[start + s * stride + c] = static_cast<scalar_t>(sums[s * p.channels + c]);
   }
 }
 

@@ -16,9 +16,10 @@ struct DeformKernels {
   // Rows are the queries of all images.
   template <typename point_t>
   using Forward = void (*)(const Params<point_t>&, int64_t first_row, int64_t last_row);
-  // All queries of one image and head. `sums` has (S, D) zeros for the gradients of the values; null: add to p.gvalue.
+  // All queries of one image and head. `sums` has (S, D) zeros for half types, which are added in float32; `row` has room for
+  // D numbers.
   template <typename point_t>
-  using Backward = void (*)(const Params<point_t>&, int64_t image, int64_t head, acc_t* sums);
+  using Backward = void (*)(const Params<point_t>&, int64_t image, int64_t head, acc_t* sums, acc_t* row);
 
   Forward<scalar_t> forward;
   Forward<acc_t> forward_wide;

@@ -47,8 +47,9 @@ struct Corners {
     x = (T(2) * x - T(1) + T(1)) * (static_cast<T>(width) / T(2)) - T(0.5);
     y = (T(2) * y - T(1) + T(1)) * (static_cast<T>(height) / T(2)) - T(0.5);
     if (!(x >= T(-1) && y >= T(-1) && x < static_cast<T>(width) && y < static_cast<T>(height))) return false;  // NaN too
-    const int64_t column = static_cast<int64_t>(x + T(1)) - 1, row = static_cast<int64_t>(y + T(1)) - 1;     // rounded down
-    right = x - static_cast<T>(column), down = y - static_cast<T>(row);
+    const T first_x = std::floor(x), first_y = std::floor(y);
+    const int64_t column = static_cast<int64_t>(first_x), row = static_cast<int64_t>(first_y);
+    right = x - first_x, down = y - first_y;
     const T left = T(1) - right, up = T(1) - down;
     weight[0] = up * left, weight[1] = up * right, weight[2] = down * left, weight[3] = down * right;
     const int64_t first = p.start[level] + row * width + column;
