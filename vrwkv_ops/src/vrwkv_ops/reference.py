@@ -96,7 +96,8 @@ def ms_deform_attn_reference(
     batch, queries, heads, _, points, _ = sampling_locations.shape
     dtype = accumulation_dtype(value.dtype)
     locations, weights = sampling_locations.to(dtype), attention_weights.to(dtype)
-    out = value.new_zeros(batch, queries, heads, value.shape[3], dtype=dtype)
+    # Zeros that depend on the values: a result without any sample can be differentiated, too.
+    out = value[:, :0].to(dtype).sum(1)[:, None].repeat(1, queries, 1, 1)
     start = 0
     for level, (height, width) in enumerate(spatial_shapes):
         grid = value[:, start : start + height * width].unflatten(1, (height, width)).to(dtype)
