@@ -198,8 +198,6 @@ def make_kernels(
         [r.clamp(min=0).square(), 2 * g * r.clamp(min=0)],
         [gy],
     )
-    if args.deformable:
-        kernels |= deformable_kernels(batch, side, uniform, dtype, channels)
     if args.heads:
         heads = [t.unflatten(2, (args.heads, -1)).transpose(1, 2) for t in (k, v, gy)]
         kernels['attention'] = Kernel(
@@ -214,12 +212,19 @@ def make_kernels(
 
 
 def deformable_kernels(
-    batch: int, side: int, uniform: Callable, dtype: torch.dtype, channels: int
+    args: argparse.Namespace, dtype: torch.dtype, resolution: int, batch: int
 ) -> dict[str, Kernel]:
     """Deformable attention as in the adapter's injectors, and mmcv's PyTorch function.
 
     All tokens sample three maps with six heads and four points.
     """
+    side, channels = resolution // PATCH, args.channels
+    generator = torch.Generator().manual_seed(0)
+
+    def uniform(*shape: int) -> Tensor:
+        x = torch.rand(shape, generator=generator, dtype=torch.float64) * 2 - 1
+        return x.to(args.device)
+
     shapes = [(2 * side, 2 * side), (side, side), (max(1, side // 2),) * 2]
     samples = (batch, side * side, 6, 3, 4)
     value = uniform(batch, sum(h * w for h, w in shapes), 6, channels // 6).to(dtype)
@@ -257,6 +262,8 @@ def measure(args: argparse.Namespace, dtype: torch.dtype, resolution: int) -> li
     """All rows of one resolution, the kernels checked before they are timed."""
     kernels = make_kernels(args, dtype, resolution)
     batch, tokens, _ = kernels['bi_wkv'].inputs[2].shape
+    if args.deformable:
+        kernels |= deformable_kernels(args, dtype, resolution, batch)
     rows = []
     for index, direction in enumerate(('forward', 'forward+backward')):
         calls = {}
