@@ -8,6 +8,7 @@ from torch.export import Dim
 
 import vrwkv_ops
 from vrwkv_ops.decomposition import decompositions
+from vrwkv_ops.reference import bi_wkv6_reference
 
 from .dense_bi_wkv import dense_bi_wkv
 
@@ -95,6 +96,39 @@ def test_dtypes(dtype):
     w, u = w.to(torch.promote_types(dtype, torch.float32)), u
     expected = dense_bi_wkv(w, u, k, v)
     assert (found.double() - expected).abs().max() <= bar * expected.abs().max()
+
+
+class BiWKV6(nn.Module):
+    def __init__(self, causal):
+        super().__init__()
+        self.causal = causal
+
+    def forward(self, r, k, v, w, u):
+        return vrwkv_ops.bi_wkv6(r, k, v, w, u, causal=self.causal)
+
+
+@pytest.mark.parametrize('causal', [False, True])
+def test_bi_wkv6_at_every_decay(causal):
+    """One graph of symbolic T, in PyTorch and ONNX Runtime, against the loop in float64."""
+    generator = torch.Generator().manual_seed(0)
+
+    def inputs(tokens, mean):
+        r, k, v, w = (torch.randn(1, tokens, 16, generator=generator) for _ in range(4))
+        return r, k, v, w + mean, torch.randn(2, 8, generator=generator)
+
+    dims = {name: {1: Dim('T', min=2)} for name in 'rkvw'} | dict(u=None)
+    program = export(BiWKV6(causal), inputs(50, 0), dims)
+    assert not any('vrwkv_ops' in name for name in operators(program))
+    module = program.module()
+    file = torch.onnx.export(program, dynamo=True, verbose=False).model_proto.SerializeToString()
+    session = onnxruntime.InferenceSession(file, providers=['CPUExecutionProvider'])
+    for tokens, mean in ((2, 0), (40, -20), (48, -3), (70, 0), (70, 3), (70, 90)):
+        values = inputs(tokens, mean)
+        expected = bi_wkv6_reference(*(x.double() for x in values), causal=causal)
+        names = dict(zip('rkvwu', (x.numpy() for x in values), strict=True))
+        for found in (module(*values), torch.from_numpy(session.run(None, names)[0])):
+            error = (found - expected).abs().max() / expected.abs().max()
+            assert error <= 2e-6, (tokens, mean, error)  # a few roundings of float32
 
 
 class Shifts(nn.Module):

@@ -205,3 +205,13 @@ def test_python_of_the_pytorch_page(tmp_path, monkeypatch):
         exec(block, names)
     assert [tuple(m.shape) for m in names['maps']] == [(2, 192, 32, 24)] * 4
     assert names['y'].shape == names['x'].shape == (2, 196, 192)
+
+
+def test_python_of_the_ecosystem_page():
+    """A second scan over columns equals an operator on the transposed grid."""
+    names = {}
+    for block in fenced((ROOT / 'docs/ecosystem.md').read_text(), 'python'):
+        exec(block, names)
+    assert names['y'].shape == (2, 54, 32)
+    assert torch.equal(names['rows'](names['columns'](names['k'])), names['k'])
+    assert torch.equal(names['columns'](names['k'])[:, 1], names['k'][:, 9])

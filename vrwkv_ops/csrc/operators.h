@@ -15,6 +15,11 @@
     std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> bi_wkv_backward(                                           \
         const at::Tensor& gy, const at::Tensor& w, const at::Tensor& u, const at::Tensor& k, const at::Tensor& v,         \
         const at::Tensor& y, const at::Tensor& y_residual, const at::Tensor& z, bool causal);                             \
+    at::Tensor bi_wkv6_forward(const at::Tensor& r, const at::Tensor& k, const at::Tensor& v, const at::Tensor& w,        \
+                               const at::Tensor& u, bool causal);                                                         \
+    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> bi_wkv6_backward(                              \
+        const at::Tensor& gy, const at::Tensor& r, const at::Tensor& k, const at::Tensor& v, const at::Tensor& w,         \
+        const at::Tensor& u, bool causal);                                                                                \
     at::Tensor q_shift(const at::Tensor& x, int64_t height, int64_t width, int64_t shift_pixel, double channel_gamma,     \
                        bool reverse, int64_t heads);                                                                      \
     std::vector<at::Tensor> token_shift(const at::Tensor& x, const at::Tensor& mixes, int64_t height, int64_t width,      \

@@ -62,6 +62,7 @@ def decompositions(form: str = 'auto', chunk: int = CHUNK) -> dict:
     return {
         ops.bi_wkv.default: bi_wkv,
         ops.bi_wkv_forward.default: bi_wkv_forward,
+        ops.bi_wkv6_forward.default: _bi_wkv6,
         ops.q_shift.default: _q_shift,
         ops.token_shift.default: _token_shift,
         ops.ms_deform_attn.default: _ms_deform_attn,
@@ -183,6 +184,57 @@ def _chunked(w, u, k, v, causal: bool, chunk: int) -> Tensor:
         largest = torch.maximum(largest, exponent)
     total = sum(part * (exponent - largest).exp() for part, exponent in parts)
     return (total[0] / total[1]).flatten(1, 2)[:, :tokens]
+
+
+# --- Bi-WKV6 -----------------------------------------------------------------------------------
+
+
+def _bi_wkv6(r, k, v, w, u, causal):
+    """Replace ``bi_wkv6_forward``: pairs of tokens in chunks, and pairs of chunks.
+
+    The exponents are sums of the rates of the tokens between two, in float64 across chunks, where
+    they are differences of cumulative sums. Memory grows with the square of the number of chunks.
+    """
+    dtype, tokens = v.dtype, v.shape[1]
+    chunks = tokens // CHUNK + 1  # padded by at least a token, as in _blocked_sum
+
+    def split(x: Tensor) -> Tensor:  # (B, heads, chunks, CHUNK, N)
+        x = F.pad(x.to(u.dtype), (0, 0, 0, chunks * CHUNK - tokens))
+        x = x.unflatten(2, (u.shape[0], u.shape[1])).unflatten(1, (chunks, CHUNK))
+        return x.permute(0, 3, 1, 2, 4)
+
+    r, k, v = split(r), split(k), split(v)
+    rate = split(w.clamp(max=7).exp())  # a token with a rate of e^7 lets nothing pass
+    # Inside a chunk: the rates of the tokens strictly between two of it.
+    index = torch.arange(CHUNK, device=v.device)
+    low = torch.minimum(index[:, None], index[None, :])[..., None]
+    high = torch.maximum(index[:, None], index[None, :])[..., None]
+    between = ((index > low) & (index < high)).to(u.dtype).flatten(0, 1)
+    factor = (-(between @ rate)).exp().unflatten(3, (CHUNK, CHUNK))
+    own = (index[:, None] == index[None, :])[..., None]
+    factor = torch.where(own, u[None, :, None, None, None], factor)
+    scores = (r.unsqueeze(4) * k.unsqueeze(3) * factor).sum(-1)
+    if causal:
+        scores = torch.where(index[:, None] >= index[None, :], scores, 0.0)
+    y = scores @ v
+    # Between chunks: the state that a chunk leaves decays over the chunks on the way.
+    before = _exclusive_sum(rate)
+    after = _exclusive_sum(rate.flip(3)).flip(3)
+    sums = rate.sum(3, dtype=torch.float64).cumsum(2).transpose(2, 3)  # (B, heads, N, chunks)
+    gap = F.pad(sums[..., :-1], (1, 0)).unsqueeze(-1) - sums.unsqueeze(-2)
+    number = torch.arange(chunks, device=v.device)
+    later = number[:, None] > number[None, :]
+    decay = torch.where(later, (-gap.clamp(min=0)).exp(), 0.0).to(u.dtype)
+
+    def read(out_rate: Tensor, in_rate: Tensor, decay: Tensor) -> Tensor:
+        left = (k * (-out_rate).exp()).mT @ v  # (B, heads, chunks, N, N)
+        state = (decay @ left.transpose(2, 3)).transpose(2, 3)
+        return (r * (-in_rate).exp()) @ state
+
+    y = y + read(after, before, decay)
+    if not causal:
+        y = y + read(before, after, decay.mT)
+    return y.permute(0, 2, 3, 1, 4).flatten(3).flatten(1, 2)[:, :tokens].to(dtype)
 
 
 # --- Token shifts ------------------------------------------------------------------------------
