@@ -63,8 +63,10 @@ def test_forms_against_the_dense_formula(form, chunk, limit, causal):
     module = program.module()
     file = torch.onnx.export(program, dynamo=True, verbose=False).model_proto.SerializeToString()
     session = onnxruntime.InferenceSession(file, providers=['CPUExecutionProvider'])
-    for tokens in (196, 250, 500):
+    for tokens in (9, 196, 250, 500):
         for decay in (d for d in (0, 5, 40, 150, 900, 3000) if d <= limit):
+            if tokens == 9 and decay > 40:  # the decay over a chunk would be too large
+                continue
             inputs = dict(zip('wukv', problem(tokens, decay, seed=decay), strict=True))
             expected = dense_bi_wkv(**inputs, causal=causal)
             (in_onnx,) = session.run(None, {name: x.numpy() for name, x in inputs.items()})

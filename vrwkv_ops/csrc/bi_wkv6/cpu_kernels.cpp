@@ -33,6 +33,9 @@ constexpr int kKeys = 8;  // keys of a tile
 constexpr int kKeys = 4;
 #endif
 
+// Complete unrolling lets the compiler keep a tile in registers.
+#define VRWKV_UNROLL _Pragma("GCC unroll 16")
+
 // --- A row of a tile: kColumns neighbouring columns ---------------------------------------------
 
 template <typename T>
@@ -73,38 +76,47 @@ struct Row {
   using Part = typename Native<T>::type;
   static constexpr int kLanes = sizeof(Part) / sizeof(T);
   static constexpr int kParts = kColumns / kLanes;
-  Part part[kParts] = {};
+  Part part[kParts];
 
   VRWKV_FN static Row load(const T* from) {
     Row row;
-    std::memcpy(row.part, from, sizeof(row.part));
+    VRWKV_UNROLL
+    for (int i = 0; i < kParts; ++i) std::memcpy(&row.part[i], from + i * kLanes, sizeof(Part));
     return row;
   }
-  VRWKV_FN void store(T* to) const { std::memcpy(to, part, sizeof(part)); }
+  VRWKV_FN void store(T* to) const {
+    VRWKV_UNROLL
+    for (int i = 0; i < kParts; ++i) std::memcpy(to + i * kLanes, &part[i], sizeof(Part));
+  }
   VRWKV_FN Row operator+(const Row& other) const {
     Row row;
+    VRWKV_UNROLL
     for (int i = 0; i < kParts; ++i) row.part[i] = part[i] + other.part[i];
     return row;
   }
   VRWKV_FN Row operator*(const Row& other) const {
     Row row;
+    VRWKV_UNROLL
     for (int i = 0; i < kParts; ++i) row.part[i] = part[i] * other.part[i];
     return row;
   }
   VRWKV_FN Row operator*(T factor) const {
     Row row;
+    VRWKV_UNROLL
     for (int i = 0; i < kParts; ++i) row.part[i] = part[i] * factor;
     return row;
   }
   // Returns this + a b.
   VRWKV_FN Row plus(const Row& a, const Row& b) const {
     Row row;
+    VRWKV_UNROLL
     for (int i = 0; i < kParts; ++i) row.part[i] = fused(a.part[i], b.part[i], part[i]);
     return row;
   }
   VRWKV_FN Row plus(T factor, const Row& b) const {
     Row row;
-    for (int i = 0; i < kParts; ++i) row.part[i] = fused(Part{} + factor, b.part[i], part[i]);
+    VRWKV_UNROLL
+    for (int i = 0; i < kParts; ++i) row.part[i] = fused(factor - Part{}, b.part[i], part[i]);
     return row;
   }
   VRWKV_FN T sum() const {
@@ -122,6 +134,7 @@ struct Row {
 // Adds the sum of each row to `to`.
 template <typename T>
 VRWKV_FN void add_sums(T* to, const Row<T> (&rows)[kKeys]) {
+  VRWKV_UNROLL
   for (int c = 0; c < kKeys; ++c) to[c] += rows[c].sum();
 }
 
@@ -185,13 +198,16 @@ struct Tile {
   Row<T> row[kKeys];
 
   VRWKV_FN void load(const T* state) {
+    VRWKV_UNROLL
     for (int c = 0; c < kKeys; ++c) row[c] = Row<T>::load(state + c * kMaxSize);
   }
   VRWKV_FN void store(T* state) const {
+    VRWKV_UNROLL
     for (int c = 0; c < kKeys; ++c) row[c].store(state + c * kMaxSize);
   }
   // Decays and takes a token: keys k, values v.
   VRWKV_FN void update(const T* d, const T* k, const Row<T>& v) {
+    VRWKV_UNROLL
     for (int c = 0; c < kKeys; ++c) row[c] = (row[c] * d[c]).plus(k[c], v);
   }
 };
@@ -205,6 +221,7 @@ VRWKV_FN void read_tile(const Chunk<T>& chunk, int64_t key, int64_t column, T* s
     const int64_t t = reverse ? chunk.count - 1 - i : i;
     T* out = y + t * width + column - first;
     Row<T> sum = Row<T>::load(out);
+    VRWKV_UNROLL
     for (int c = 0; c < kKeys; ++c) sum = sum.plus(chunk.r[t][key + c], tile.row[c]);
     sum.store(out);
     tile.update(&chunk.d[t][key], &chunk.k[t][key], Row<T>::load(&chunk.v[t][column]));
@@ -277,6 +294,7 @@ VRWKV_FN void backward_tile(const Chunk<T>& chunk, int64_t key, int64_t column, 
     const auto v = Row<T>::load(&chunk.v[t][column]), g = Row<T>::load(&chunk.g[t][column]);
     Row<T> gr[kKeys], gk[kKeys], gd[kKeys];
     Row<T> gv = Row<T>::load(&sums.v[t][column]);
+    VRWKV_UNROLL
     for (int c = 0; c < kKeys; ++c) {
       const auto& before = s_at[t].row[c];
       gd[c] = before * a.row[c];

@@ -95,6 +95,14 @@ def _bi_wkv(w, u, k, v, causal, save, *, form: str, chunk: int):
     return y.to(dtype), k.new_empty(0, dtype=dtype), w.new_empty(0)
 
 
+def _pieces(tokens: int, size: int) -> int:
+    """Return the number of pieces that tokens are cut into after padding.
+
+    There is always some padding and more than one piece: exporters treat sizes of 0 and 1 apart.
+    """
+    return tokens // size + 2
+
+
 def _exclusive_sum(x: Tensor) -> Tensor:
     """Sum all tokens before each one, over dimension -2."""
     return F.pad(x[..., :-1, :].cumsum(-2), (0, 0, 1, 0))
@@ -103,7 +111,7 @@ def _exclusive_sum(x: Tensor) -> Tensor:
 def _blocked_sum(x: Tensor) -> Tensor:
     """Sum as :func:`_exclusive_sum` does, by two levels of products with triangular matrices."""
     tokens = x.shape[-2]
-    blocks = tokens // _BLOCK + 1  # padded by at least a token: exporters treat a size of 0 apart
+    blocks = _pieces(tokens, _BLOCK)
     x = F.pad(x, (0, 0, 0, blocks * _BLOCK - tokens)).unflatten(-2, (blocks, _BLOCK))
     inside = _before(_BLOCK, x) @ x
     between = _before(blocks, x) @ x.sum(-2)
@@ -146,7 +154,7 @@ def _chunked(w, u, k, v, causal: bool, chunk: int) -> Tensor:
     the other chunks with its exponent apart, so that no weight overflows.
     """
     tokens = k.shape[1]
-    chunks = tokens // chunk + 1  # padded by at least a token, as in _blocked_sum
+    chunks = _pieces(tokens, chunk)
     pad = (0, 0, 0, chunks * chunk - tokens)
     k = F.pad(k, pad, value=_NOTHING).unflatten(1, (chunks, chunk))
     v = F.pad(v, pad).unflatten(1, (chunks, chunk))
@@ -196,7 +204,7 @@ def _bi_wkv6(r, k, v, w, u, causal):
     they are differences of cumulative sums. Memory grows with the square of the number of chunks.
     """
     dtype, tokens = v.dtype, v.shape[1]
-    chunks = tokens // CHUNK + 1  # padded by at least a token, as in _blocked_sum
+    chunks = _pieces(tokens, CHUNK)
 
     def split(x: Tensor) -> Tensor:  # (B, heads, chunks, CHUNK, N)
         x = F.pad(x.to(u.dtype), (0, 0, 0, chunks * CHUNK - tokens))
