@@ -228,8 +228,9 @@ def _bi_wkv6(r, k, v, w, u, causal):
     # Between chunks: the state that a chunk leaves decays over the chunks on the way.
     before = _exclusive_sum(rate)
     after = _exclusive_sum(rate.flip(3)).flip(3)
-    sums = rate.sum(3, dtype=torch.float64).cumsum(2).transpose(2, 3)  # (B, heads, N, chunks)
-    gap = F.pad(sums[..., :-1], (1, 0)).unsqueeze(-1) - sums.unsqueeze(-2)
+    whole = rate.sum(3, dtype=torch.float64).transpose(2, 3)  # (B, heads, N, chunks)
+    sums = whole.cumsum(3)
+    gap = (sums - whole).unsqueeze(-1) - sums.unsqueeze(-2)
     number = torch.arange(chunks, device=v.device)
     later = number[:, None] > number[None, :]
     decay = torch.where(later, (-gap.clamp(min=0)).exp(), 0.0).to(u.dtype)
