@@ -16,13 +16,17 @@ import vrwkv_ops
 from vrwkv_ops import backends, ops
 from vrwkv_ops import triton as backend_module
 from vrwkv_ops.reference import bi_wkv_reference
-from vrwkv_ops.triton import bi_wkv, pointwise
+from vrwkv_ops.triton import bi_wkv, bi_wkv6, pointwise
 from vrwkv_ops.triton import ms_deform_attn as deform
 from vrwkv_ops.triton import token_shift as shift
 
 from .backends import BACKENDS, interpreter
 from .dense_bi_wkv import dense_with_gradients
 from .test_bi_wkv import make_inputs, relative_error, run
+from .test_bi_wkv6 import dense as dense6
+from .test_bi_wkv6 import errors as errors6
+from .test_bi_wkv6 import make as make6
+from .test_bi_wkv6 import run as run6
 
 # --- Tiles, in the interpreter ------------------------------------------------------------------
 
@@ -80,6 +84,22 @@ def test_chosen_tiles_are_right(interpreted, tokens):
         assert relative_error(got, expected) <= bar
 
 
+@pytest.mark.parametrize(
+    ('sizes', 'mean', 'causal'),
+    [((2, 1, 1, 8), 0, False), ((1, 18, 2, 24), -20, False), ((1, 33, 1, 8), 3, True)],
+    ids=str,
+)
+def test_bi_wkv6(interpreted, sizes, mean, causal):
+    """More than one chunk, padded heads, strides, extreme decays; five roundings of float32."""
+    inputs, gy = make6(*sizes, mean, torch.float32)
+    inputs[3][:, -1], inputs[3][:, sizes[1] // 2] = float('inf'), float('-inf')
+    finite = [x.double().clamp(-700, 700) for x in inputs]
+    truth = run6(dense6, finite, gy.double(), causal=causal)
+    moved = [*(x.mT.contiguous().mT for x in inputs[:4]), inputs[4]]
+    results = run6(vrwkv_ops.bi_wkv6, moved, gy, causal=causal)
+    assert max(errors6(results, truth)) < 6e-7
+
+
 @pytest.mark.parametrize('tokens', [1, 3, 64, 196, 256, 257, 4096, 1 << 20])
 @pytest.mark.parametrize('elements', [512, 1024, 2048])
 def test_chosen_tilings(tokens, elements):
@@ -112,6 +132,7 @@ def test_direct_calls_are_told_what_is_wrong(interpreted):
 DTYPES = {'fp32': 'fp32', 'fp16': 'fp32', 'bf16': 'fp32', 'fp64': 'fp64'}
 IN_ACCUMULATION_DTYPE = {'w', 'u', 'own', 'entering', 'z', 'gw', 'gu', 'mixes', 'gmixes'}
 IN_ACCUMULATION_DTYPE |= {'locations', 'weights', 'sums', 'gpoints', 'gweights'}
+IN_ACCUMULATION_DTYPE |= {'d', 'gd', 'edges', 'states'}
 BOTH = dict(CAUSAL=False, BLOCK_T=64, BLOCK_C=16)
 SHORT = dict(CAUSAL=True, BLOCK_T=256, BLOCK_C=4)
 JOIN = dict(BLOCK_T=64, BLOCK_N=128, BLOCK_C=4)
@@ -131,6 +152,8 @@ KERNELS = [
     (bi_wkv.grad_outputs, dict(RESIDUAL=None, **SHORT)),
     (bi_wkv.wkv_outputs, dict(SAVE=True, RESIDUAL=None, **ONE_TILE)),
     (bi_wkv.grad_outputs, dict(RESIDUAL=None, **ONE_TILE)),
+    (bi_wkv6.forward_kernel, dict(ACC=tl.float32, CAUSAL=False, BLOCK_N=64, BLOCK_V=16)),
+    (bi_wkv6.backward_kernel, dict(ACC=tl.float32, REVERSE=True, BLOCK_N=64, CHUNK=16)),
     (shift.q_shift_kernel, shift._BLOCKS),
     (shift.token_shift_kernel, dict(N=3, **shift._BLOCKS)),
     (shift.token_shift_backward_kernel, dict(N=2, **shift._BLOCKS)),
@@ -198,8 +221,7 @@ assert 'triton.language' not in sys.modules  # not before it is needed
 names = torch._C._dispatch_get_all_op_names()
 names = {n.split('::')[1] for n in names if n.startswith('vrwkv_ops::')}
 names -= {op.name for op in definitions.OPERATORS if op.is_composite}
-without = {'bi_wkv6_forward', 'bi_wkv6_backward'}  # these run in PyTorch
-assert names == set(ops.SCAN_KERNELS) <= set(triton._operators()) | without, names
+assert names == set(ops.SCAN_KERNELS) <= set(triton._operators()), names
 for name in names:
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     assert has(f'vrwkv_ops::{name}', 'CUDA'), name
@@ -231,7 +253,7 @@ def test_the_scan_stands_in_where_triton_fails(monkeypatch, is_missing, reason):
     caches = (backend_module.works_on, backend_module._operators)
     if is_missing:
         monkeypatch.setitem(sys.modules, 'triton', None)
-        for name in ('bi_wkv', 'bi_wkv_state', 'common', 'pointwise', 'token_shift'):
+        for name in ('bi_wkv', 'bi_wkv6', 'bi_wkv_state', 'common', 'pointwise', 'token_shift'):
             monkeypatch.delitem(sys.modules, f'vrwkv_ops.triton.{name}')
             monkeypatch.delattr(backend_module, name)
     for cache in caches:

@@ -32,7 +32,7 @@ def serve(dispatch_key: str, fallbacks: Mapping[str, Callable]) -> None:
 def _kernel(name: str, fallback: Callable) -> Callable:
     def kernel(*args):
         tensor = next(arg for arg in args if isinstance(arg, torch.Tensor))
-        if name not in _operators() or not works_on(tensor.device):
+        if not works_on(tensor.device):
             return fallback(*args)
         return _operators()[name](*args)
 
@@ -41,11 +41,13 @@ def _kernel(name: str, fallback: Callable) -> Callable:
 
 @functools.cache
 def _operators() -> dict[str, Callable]:
-    from vrwkv_ops.triton import bi_wkv, ms_deform_attn, pointwise, token_shift
+    from vrwkv_ops.triton import bi_wkv, bi_wkv6, ms_deform_attn, pointwise, token_shift
 
     return {
         'bi_wkv_forward': bi_wkv.forward,
         'bi_wkv_backward': bi_wkv.backward,
+        'bi_wkv6_forward': bi_wkv6.forward,
+        'bi_wkv6_backward': bi_wkv6.backward,
         'q_shift': token_shift.q_shift,
         'token_shift': token_shift.token_shift,
         'token_shift_backward': token_shift.token_shift_backward,
