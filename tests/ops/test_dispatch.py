@@ -1,12 +1,8 @@
-"""Dispatch in C++: the same as in Python, and without Python."""
-
-import subprocess
-import sys
+"""Dispatch in C++ is the same as in Python. tests/tools/test_export.py runs it without Python."""
 
 import pytest
 import torch
 
-from vrwkv.backbones import VRWKV
 from vrwkv_ops import backends, definitions
 
 from .operators import as_list
@@ -125,41 +121,3 @@ def test_autocast_is_the_same(name, args):
                     dtypes += [x.grad.dtype for x in tensors(leaves)]
         outcomes.append(dtypes)
     assert outcomes[0] == outcomes[1]
-
-
-class Classifier(torch.nn.Module):
-    """A small VRWKV with a linear head."""
-
-    def __init__(self):
-        super().__init__()
-        self.backbone = VRWKV(img_size=32, embed_dims=16, depth=2)
-        self.head = torch.nn.Linear(16, 5)
-
-    def forward(self, image):
-        return self.head(self.backbone(image)[-1].mean((2, 3)))
-
-
-def test_aoti_package_runs_without_this_project(tmp_path):
-    """It needs torch and the compiled library; nothing of this project is imported."""
-    model = Classifier().eval()
-    image = torch.randn(2, 3, 32, 32)
-    with torch.no_grad():
-        program = torch.export.export(model, (image,))
-        expected = model(image)
-    package = torch._inductor.aoti_compile_and_package(
-        program, package_path=str(tmp_path / 'classifier.pt2')
-    )
-    torch.save((image, expected), tmp_path / 'example.pt')
-    library = backends._PACKAGE / 'libvrwkv_ops_cpu.so'
-    script = (
-        'import sys, torch\n'
-        'library, package, example = sys.argv[1:]\n'
-        'torch.ops.load_library(library)\n'
-        'run = torch._inductor.aoti_load_package(package)\n'
-        'image, expected = torch.load(example)\n'
-        'torch.testing.assert_close(run(image), expected)\n'
-        'assert not any("vrwkv" in name for name in sys.modules)\n'
-    )
-    command = [sys.executable, '-I', '-c', script, library, package, tmp_path / 'example.pt']
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
