@@ -6,6 +6,7 @@
 #include <c10/util/Exception.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -164,8 +165,14 @@ inline std::unique_ptr<emulator::Properties> getCurrentDeviceProperties() { retu
 }  // namespace at::cuda
 
 namespace c10::cuda {
-// Another limit is another device, one for each KiB of a block.
-inline int current_device() { return static_cast<int>((emulator::shared_limit >> 10) % 128); }
+// Every limit of shared memory is another device.
+inline int current_device() {
+  static std::vector<size_t> limits;
+  const auto found = std::find(limits.begin(), limits.end(), emulator::shared_limit);
+  const auto device = static_cast<int>(found - limits.begin());
+  if (found == limits.end()) limits.push_back(emulator::shared_limit);
+  return device;
+}
 
 struct CUDAGuard {
   explicit CUDAGuard(c10::Device) {}
