@@ -179,6 +179,8 @@ def export_program(
     step = metadata['step']
     _check_size(deployable, shape, step)
     metadata['shape'] = None if dynamic else list(shape)
+    if dynamic:  # a level of a feature pyramid with one row would have one for images of all sizes
+        shape = (*shape[:2], *(max(side, 4 * step) for side in shape[2:]))
     form, chunk = _choose_form(deployable, form, shape, dynamic)
     program = _trace(deployable, shape, dynamic, step)
     if form != 'operators':

@@ -239,6 +239,42 @@ def test_aoti_runs_from_cpp(golden, files, tmp_path):
 # --- whole models and the tools -----------------------------------------------------------------
 
 
+@pytest.fixture
+def adapters(monkeypatch, tmp_path):
+    """Configs of a segmentor and a detector with small adapters."""
+    backbone = dict(embed_dims=24, depth=4, img_size=64, conv_inplane=8, deform_num_heads=2,
+                    drop_path_rate=0, init_values_inject=0.5,
+                    interaction_indexes=[[0, 0], [1, 1], [2, 2], [3, 3]])  # fmt: skip
+    texts = {}
+    for task, base in (
+        ('segmentation', 'segmentation/upernet_vrwkv-adapter-tiny_8xb2-160k_ade20k-512x512.py'),
+        ('detection', 'detection/mask-rcnn_vrwkv-adapter-tiny_fpn_1x_coco.py'),
+    ):
+        texts[task] = f'_base_ = {str(ROOT / "configs" / base)!r}\n'
+        channels = dict(in_channels=[24] * 4)
+        if task == 'segmentation':
+            decoder = channels | dict(channels=16, num_classes=5)
+            auxiliary = dict(in_channels=24, channels=16, num_classes=5)
+            model = dict(backbone=backbone, decode_head=decoder, auxiliary_head=auxiliary)
+        else:
+            model = dict(backbone=backbone, neck=channels | dict(out_channels=16))
+        texts[task] += f'model = {model}\n'
+        (tmp_path / f'{task}.py').write_text(texts[task])
+    return tmp_path
+
+
+@pytest.mark.parametrize(('task', 'outputs'), [('segmentation', 1), ('detection', 5)])
+def test_adapters_for_all_sizes(task, outputs, adapters):
+    """UperNet whole, and backbone and neck of Mask R-CNN, as programs of PyTorch's operators."""
+    config = adapters / f'{task}.py'
+    result = export.export_program(config, size=(64, 96), dynamic=True)
+    assert result.form == 'cumsum'
+    assert len(result.program.graph_signature.user_outputs) == outputs
+    assert max(result.errors.values()) < 1e-5
+    with pytest.raises(ValueError, match='height and width must be multiples of 32'):
+        export.export_program(config, size=(64, 100))
+
+
 @pytest.fixture(scope='module')
 def digits(tmp_path_factory):
     """The demo's config with half its width, its data, and a checkpoint that knows its classes."""
