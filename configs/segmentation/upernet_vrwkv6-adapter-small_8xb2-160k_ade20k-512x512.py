@@ -1,16 +1,7 @@
 _base_ = [
-    '../_base_/recipes/upernet_160k_ade20k-512x512.py',
+    './upernet_vrwkv-adapter-small_8xb2-160k_ade20k-512x512.py',
     '../_base_/models/vrwkv6_adapter/small.py',
 ]
 
-model = dict(
-    backbone=_base_.pop('backbone'),
-    decode_head=dict(in_channels=[384, 384, 384, 384]),
-    auxiliary_head=dict(in_channels=384),
-)
-
-optim_wrapper = dict(
-    type='OptimWrapper',  # upstream trains VRWKV6 in float32
-    optimizer=dict(lr=6e-5, weight_decay=0.01),
-    paramwise_cfg=dict(layer_decay_rate=0.85),
-)
+model = dict(backbone=_base_.pop('backbone'))
+optim_wrapper = dict(type='OptimWrapper')  # upstream trains VRWKV6 in float32
