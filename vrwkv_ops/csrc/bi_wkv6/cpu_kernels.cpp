@@ -38,33 +38,16 @@ constexpr int kKeys = 4;
 
 // --- A row of a tile: kColumns neighbouring columns ---------------------------------------------
 
-template <typename T>
-struct Native {  // portable: the compiler's own vectors of 16 bytes
-  typedef T type __attribute__((vector_size(16)));
-};
 #if defined(VRWKV_CPU_AVX512)
-template <>
-struct Native<float> {
-  using type = __m512;
-};
-template <>
-struct Native<double> {
-  using type = __m512d;
-};
-inline __m512 fused(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
-inline __m512d fused(__m512d a, __m512d b, __m512d c) { return _mm512_fmadd_pd(a, b, c); }
+constexpr int kVectorBytes = 64;
+VRWKV_FN __m512 fused(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
+VRWKV_FN __m512d fused(__m512d a, __m512d b, __m512d c) { return _mm512_fmadd_pd(a, b, c); }
 #elif defined(VRWKV_CPU_AVX2)
-template <>
-struct Native<float> {
-  using type = __m256;
-};
-template <>
-struct Native<double> {
-  using type = __m256d;
-};
-inline __m256 fused(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
-inline __m256d fused(__m256d a, __m256d b, __m256d c) { return _mm256_fmadd_pd(a, b, c); }
+constexpr int kVectorBytes = 32;
+VRWKV_FN __m256 fused(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
+VRWKV_FN __m256d fused(__m256d a, __m256d b, __m256d c) { return _mm256_fmadd_pd(a, b, c); }
 #else
+constexpr int kVectorBytes = 16;
 template <typename V>
 VRWKV_FN V fused(V a, V b, V c) {
   return a * b + c;
@@ -73,7 +56,7 @@ VRWKV_FN V fused(V a, V b, V c) {
 
 template <typename T>
 struct Row {
-  using Part = typename Native<T>::type;
+  typedef T Part __attribute__((vector_size(kVectorBytes)));
   static constexpr int kLanes = sizeof(Part) / sizeof(T);
   static constexpr int kParts = kColumns / kLanes;
   Part part[kParts];
@@ -122,12 +105,11 @@ struct Row {
   VRWKV_FN T sum() const {
     Part total = part[0];
     for (int i = 1; i < kParts; ++i) total = total + part[i];
-    T lanes[kLanes], result = 0;
+    T lanes[kLanes];
     std::memcpy(lanes, &total, sizeof(lanes));
     for (int width = kLanes / 2; width > 0; width /= 2)
       for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-    result = lanes[0];
-    return result;
+    return lanes[0];
   }
 };
 
