@@ -7,13 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vrwkv_ops import bi_wkv6
+from vrwkv_ops.checks import MAX_HEAD
 
 from ._checks import check_choice, check_heads
 from .mix import BaseMix
 
-# Ranks of the low-rank products, in models of every size, and the largest head of the operator.
+# Ranks of the low-rank products, in models of every size.
 MIX_RANK, DECAY_RANK = 32, 64
-MAX_HEAD = 64
 
 
 class SpatialMix6(BaseMix):
