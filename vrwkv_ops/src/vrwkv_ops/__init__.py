@@ -1,7 +1,7 @@
 """Operators of Vision-RWKV and its adapter: Bi-WKV, Bi-WKV6, token shifts, deformable attention.
 
-They run compiled kernels if there are any, and vectorised PyTorch otherwise; ``bi_wkv6`` always
-runs in PyTorch. ``python -m vrwkv_ops`` shows which, and why.
+They run compiled kernels if there are any, and vectorised PyTorch otherwise.
+``python -m vrwkv_ops`` shows which, and why.
 """
 
 import torch
