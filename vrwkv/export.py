@@ -28,7 +28,7 @@ from torch.export import Dim, ExportedProgram
 from vrwkv_ops.decomposition import CHUNK, FORMS, decompositions
 
 from ._imports import explain_missing
-from .exported import Runner, load_exported
+from .exported import Runner, load_exported, on_arrays
 
 OPSETS = (18, 20)  # the oldest that PyTorch writes; the oldest with all operators of the adapters
 # Largest total decay, abs(w) * T, of the forms with one frame for the whole image.
@@ -81,6 +81,62 @@ class Deployable(nn.Module):
         """The backbone, which may be the model itself."""
         return getattr(self.model, 'backbone', self.model)
 
+    @property
+    def step(self) -> int:
+        """Height and width of images must be multiples of it."""
+        return 32 if hasattr(self.backbone, 'interactions') else 1
+
+    @property
+    def patch(self) -> int:
+        """Side of a patch of the backbone in pixels; 1 for a backbone without patches."""
+        return getattr(getattr(self.backbone, 'patch_embed', None), 'patch_size', 1)
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """Facts for who runs the export, see :class:`Export`, without ``shape``."""
+        meta = getattr(self.model, 'dataset_meta', None) or {}
+        return dict(
+            task=self.task,
+            classes=list(meta.get('classes') or ()),
+            palette=[list(colour) for colour in meta.get('palette') or ()],
+            mean=self.mean,
+            std=self.std,
+            normalize=self.normalize,
+            step=self.step,
+        )
+
+    def image_shape(
+        self, size: int | Sequence[int] | None = None, batch: int = 1
+    ) -> tuple[int, int, int, int]:
+        """Return the shape of a batch; ``size`` as for :func:`export_program`.
+
+        Raises:
+            ValueError: If the model does not take images of the size.
+        """
+        from .analysis import input_channels
+
+        if size is None:
+            default = getattr(self.backbone, 'img_size', 224)
+            size = {'segmentation': 512, 'classification': default}.get(
+                self.task, (800, 1344) if hasattr(self.model, 'extract_feat') else default
+            )
+        height, width = (size, size) if isinstance(size, int) else size
+        least = 2 * self.patch
+        if min(height, width) < least:
+            raise ValueError(
+                f'the image must be at least two patches high and wide, {least} pixels, got '
+                f'{height} x {width}'
+            )
+        if height % self.step or width % self.step:
+            raise ValueError(
+                f'height and width must be multiples of {self.step}, got {(height, width)}'
+            )
+        return (batch, input_channels(self.model), height, width)
+
+    def unnormalize(self, images: Tensor) -> Tensor:
+        """Turn images as the data_preprocessor returns them into images that this model takes."""
+        return images * self._std + self._mean if self.normalize else images
+
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Run the model.
 
@@ -132,7 +188,7 @@ class Export:
     def check(self, path: Path) -> None:
         """Compare a file with the model on all shapes of ``errors``."""
         run = load_exported(path)[0]
-        self.errors = _compare(self.model, run, list(self.errors), self.metadata)
+        self.errors = _compare(self.model, run, list(self.errors))
 
 
 # --- Routes ------------------------------------------------------------------------------------
@@ -174,15 +230,13 @@ def export_program(
         TypeError: If the weights are half precision.
         ValueError: If an argument does not fit, or a layer's decay is out of the form's range.
     """
-    deployable, metadata = _prepare(model, weights, normalize)
-    shape = _shape(deployable, size, batch)
-    step = metadata['step']
-    _check_size(deployable, shape, step)
-    metadata['shape'] = None if dynamic else list(shape)
+    deployable = prepare(model, weights, normalize)
+    shape, step = deployable.image_shape(size, batch), deployable.step
+    metadata = deployable.metadata | dict(shape=None if dynamic else list(shape))
     if dynamic:  # a level of a feature pyramid with one row would have one for images of all sizes
         shape = (*shape[:2], *(max(side, 4 * step) for side in shape[2:]))
     form, chunk = _choose_form(deployable, form, shape, dynamic)
-    program = _trace(deployable, shape, dynamic, step)
+    program = _trace(deployable, shape, dynamic)
     if form != 'operators':
         table = decompositions(form, chunk) | _COMPOSITES
         with _quiet():
@@ -192,15 +246,9 @@ def export_program(
     shapes = [shape]
     if dynamic:
         height, width = shape[2:]
-        few = 2 * max(step, _patch(deployable))
+        few = 2 * max(step, deployable.patch)
         shapes += [(1, shape[1], height, width + few), (3, shape[1], height + few, width)]
-    module = program.module()
-
-    def run(images: np.ndarray) -> list[np.ndarray]:
-        with torch.no_grad():
-            return [y.numpy() for y in module(torch.from_numpy(images))]
-
-    export.errors = _compare(deployable, run, shapes, metadata)
+    export.errors = _compare(deployable, on_arrays(program.module()), shapes)
     if out is not None:
         facts = dict(vrwkv=json.dumps(metadata))
         save = partial(torch.export.save, program, extra_files=facts)
@@ -372,8 +420,10 @@ def quantize_onnx(
 # --- Model, sizes and form ---------------------------------------------------------------------
 
 
-def _prepare(model: Any, weights: Any, normalize: bool) -> tuple[Deployable, dict[str, Any]]:
-    """Build the model and collect what a user of the file needs to know."""
+def prepare(
+    model: Any, weights: str | os.PathLike | None = None, normalize: bool = False
+) -> Deployable:
+    """Build the model that the exporters trace; arguments as for :func:`export_program`."""
     if isinstance(model, nn.Module):
         if weights is not None:
             raise ValueError('weights belong to a config; load them into the model yourself')
@@ -388,49 +438,7 @@ def _prepare(model: Any, weights: Any, normalize: bool) -> tuple[Deployable, dic
             f'the weights are {halves.pop()}; exports are float32: call model.float() first. '
             'Runtimes convert to half precision themselves'
         )
-    deployable = Deployable(model, normalize)
-    meta = getattr(model, 'dataset_meta', None) or {}
-    return deployable, dict(
-        task=deployable.task,
-        classes=list(meta.get('classes') or ()),
-        palette=[list(colour) for colour in meta.get('palette') or ()],
-        mean=deployable.mean,
-        std=deployable.std,
-        normalize=normalize,
-        step=_step(deployable),
-    )
-
-
-def _step(deployable: Deployable) -> int:
-    """Return what H and W must be multiples of."""
-    return 32 if hasattr(deployable.backbone, 'interactions') else 1
-
-
-def _patch(deployable: Deployable) -> int:
-    return getattr(getattr(deployable.backbone, 'patch_embed', None), 'patch_size', 1)
-
-
-def _shape(deployable: Deployable, size: Any, batch: int) -> tuple[int, int, int, int]:
-    from .analysis import input_channels
-
-    if size is None:
-        default = getattr(deployable.backbone, 'img_size', 224)
-        size = {'segmentation': 512, 'classification': default}.get(
-            deployable.task, (800, 1344) if hasattr(deployable.model, 'extract_feat') else default
-        )
-    height, width = (size, size) if isinstance(size, int) else size
-    return (batch, input_channels(deployable.model), height, width)
-
-
-def _check_size(deployable: Deployable, shape: tuple[int, ...], step: int) -> None:
-    least = 2 * _patch(deployable)
-    if min(shape[2:]) < least:
-        raise ValueError(
-            f'the image must be at least two patches high and wide, {least} pixels, got '
-            f'{shape[2]} x {shape[3]}'
-        )
-    if any(side % step for side in shape[2:]):
-        raise ValueError(f'height and width must be multiples of {step}, got {shape[2:]}')
+    return Deployable(model, normalize)
 
 
 def _decays(deployable: Deployable) -> dict[str, float]:
@@ -470,7 +478,7 @@ def _choose_form(
         )
     if fits and form != 'chunked':
         return 'cumsum' if form == 'auto' else form, CHUNK
-    patch = _patch(deployable)
+    patch = deployable.patch
     tokens = 4 if dynamic else (shape[2] // patch) * (shape[3] // patch)
     if dynamic and largest > ONE_FRAME_LIMIT:
         tokens = 64  # a dynamic file with such decays serves images of 64 tokens and more
@@ -494,12 +502,10 @@ def _choose_form(
 # --- Graphs ------------------------------------------------------------------------------------
 
 
-def _trace(
-    deployable: Deployable, shape: tuple[int, ...], dynamic: bool, step: int
-) -> ExportedProgram:
-    dims = None
+def _trace(deployable: Deployable, shape: tuple[int, ...], dynamic: bool) -> ExportedProgram:
+    dims, step = None, deployable.step
     if dynamic:
-        least = max(1, 2 * _patch(deployable) // step)
+        least = max(1, 2 * deployable.patch // step)
         sides = [Dim(f'{name}_{step}' if step > 1 else name, min=least) for name in ('h', 'w')]
         dims = dict(images={0: Dim('batch', min=1), 2: step * sides[0], 3: step * sides[1]})
         shape = (2, *shape[1:])  # a dimension of 1 would stay 1
@@ -570,21 +576,16 @@ def _compare(
     deployable: Deployable,
     exported: Runner,
     shapes: Sequence[tuple[int, ...]],
-    metadata: dict,
 ) -> dict[tuple[int, ...], float]:
     """Return the largest relative difference from PyTorch for each shape."""
     generator = torch.Generator().manual_seed(0)
-    errors = {}
+    in_pytorch, errors = on_arrays(deployable), {}
     for shape in shapes:
         images = torch.randn(shape, generator=generator)
-        if metadata['normalize']:
+        if deployable.normalize:
             images = (images * 64 + 128).clamp(0, 255)
-        with torch.no_grad():
-            expected = [y.numpy() for y in deployable(images)]
-        errors[shape] = max(
-            float(abs(a - b).max() / max(abs(b).max(), 1e-30))
-            for a, b in zip(exported(images.numpy()), expected, strict=True)
-        )
+        pairs = zip(exported(images.numpy()), in_pytorch(images.numpy()), strict=True)
+        errors[shape] = max(float(abs(a - b).max() / max(abs(b).max(), 1e-30)) for a, b in pairs)
         if not errors[shape] <= TOLERANCE:
             raise RuntimeError(
                 f'the exported model differs from PyTorch by {errors[shape]:.1e} of the largest '

@@ -16,6 +16,21 @@ from ._imports import explain_missing
 Runner = Callable[[np.ndarray], list[np.ndarray]]
 
 
+def on_arrays(function: Callable) -> Runner:
+    """Return a function of PyTorch tensors as one of NumPy arrays, without gradients.
+
+    Args:
+        function: Takes a batch of images and returns a sequence of outputs.
+    """
+    import torch
+
+    def run(images: np.ndarray) -> list[np.ndarray]:
+        with torch.no_grad():
+            return [y.numpy() for y in function(torch.from_numpy(images))]
+
+    return run
+
+
 def load_exported(path: str | os.PathLike) -> tuple[Runner, dict[str, Any]]:
     """Load an exported model, on the CPU.
 
@@ -77,12 +92,7 @@ def _load_pt2(path: Path) -> tuple[Runner, dict[str, Any]]:
         if facts.get('form') == 'operators':
             import vrwkv_ops  # noqa: F401 (its library has the operators)
         module = torch._inductor.aoti_load_package(os.fspath(path))
-
-    def run(images: np.ndarray) -> list[np.ndarray]:
-        with torch.no_grad():
-            return [y.numpy() for y in module(torch.from_numpy(images))]
-
-    return run, facts
+    return on_arrays(module), facts
 
 
 def _read_pt2(path: Path) -> tuple[dict[str, Any], str | None]:

@@ -19,8 +19,8 @@ import torch
 from deployment import ERRORS
 
 from vrwkv.backbones import ViT
-from vrwkv.export import export_program, to_onnx
-from vrwkv.exported import load_exported
+from vrwkv.export import prepare, to_onnx
+from vrwkv.exported import load_exported, on_arrays
 from vrwkv_ops.benchmarking import describe_environment, markdown_table
 
 
@@ -55,29 +55,17 @@ def main(argv: list[str] | None = None) -> None:
         if shape is not None and args.shape is not None and args.shape != shape[2:]:
             raise ValueError(f'{args.file} takes images of {shape[2:]}, got --shape {args.shape}')
         size = args.shape or (shape[2:] if shape else None)
-        eager = export_program(
-            args.config, args.checkpoint, size=size, normalize=metadata['normalize']
-        )
-        model, shape = eager.model, next(iter(eager.errors))
+        model = prepare(args.config, args.checkpoint, metadata['normalize'])
+        shape = model.image_shape(size, shape[0] if shape else 1)
         images = torch.randn(shape, generator=torch.Generator().manual_seed(1)).numpy()
-
-        def in_eager(batch: np.ndarray) -> list[np.ndarray]:
-            with torch.no_grad():
-                return [y.numpy() for y in model(torch.from_numpy(batch))]
-
-        deit = deit_tiny()
-
-        def deit_in_eager(batch: np.ndarray) -> None:
-            with torch.no_grad():
-                deit(torch.from_numpy(batch))
-
+        in_eager, deit = on_arrays(model), deit_tiny()
         expected, found = in_eager(images), run(images)
         difference = max(
             abs(a - b).max() / abs(b).max() for a, b in zip(found, expected, strict=True)
         )
         functions = {args.file.name: run, 'PyTorch, eager': in_eager}
         if shape[1] == 3:
-            functions['DeiT-T, eager'] = deit_in_eager
+            functions['DeiT-T, eager'] = on_arrays(deit)
             if args.file.suffix == '.onnx':
                 with tempfile.TemporaryDirectory() as folder:
                     file = to_onnx(deit, Path(folder, 'deit.onnx'), size=shape[2:]).path

@@ -90,9 +90,7 @@ def images_of(
     number = min(number, len(data))
     for i in range(number):
         batch = model.model.data_preprocessor(pseudo_collate([data[i * len(data) // number]]))
-        images = batch['inputs']
-        if model.normalize:
-            images = images * model._std + model._mean
+        images = model.unnormalize(batch['inputs'])
         if shape is not None and images.shape[1:] != torch.Size(shape[1:]):
             raise ValueError(
                 f'the images of the validation set are {tuple(images.shape[2:])}, and the model '
