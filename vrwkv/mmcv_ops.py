@@ -27,8 +27,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vrwkv_ops import ms_deform_attn
-
 EXTENSION = 'mmcv._ext'
 DISTRIBUTIONS = ('mmcv', 'mmcv-lite', 'onedl-mmcv')  # all install the same folder
 _UNINSTALL = f'pip uninstall -y {" ".join(DISTRIBUTIONS)}'
@@ -143,6 +141,9 @@ def _ms_deform_attn_forward(
     weights: Tensor,
     im2col_step: int,
 ) -> Tensor:
+    # Not above: without vrwkv_ops, explain_missing, which needs this module, says what to install.
+    from vrwkv_ops import ms_deform_attn
+
     return ms_deform_attn(value, shapes.tolist(), locations, weights)
 
 

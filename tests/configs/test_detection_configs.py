@@ -115,8 +115,8 @@ def test_model(name, models):
     assert backbone.interaction_indexes == tuple((i, i + run - 1) for i in range(0, 4 * run, run))
     assert backbone.fuse == 'last'
     attention = backbone.interactions[0].injector.attn
-    assert attention.num_heads == dict(tiny=6, small=6, base=12, large=16)[size]
-    assert attention.num_points == 4
+    heads, _, points = attention.samples
+    assert (heads, points) == (dict(tiny=6, small=6, base=12, large=16)[size], 4)
     assert attention.value_proj.out_features == (dims if size in ('tiny', 'small') else dims // 2)
     assert backbone.spm.stem[0].out_channels == 64
     assert backbone.interactions[0].extractor.ffn.fc1.out_features == dims // 4

@@ -32,7 +32,7 @@ def schema_calls(name, inputs, mode):
         yield ops.bi_wkv_forward, (*detached, mode, False)
         yield ops.bi_wkv_backward, (torch.randn_like(k), *detached, *saved, mode)
     elif name == 'bi_wkv6':
-        six = [*(x.detach().repeat(1, 1, 2) for x in (v, k, v, k)), torch.stack([w, u])]
+        six = [x.detach().repeat(1, 1, 2) for x in (v, k, v, k.to(w))] + [torch.stack([w, u])]
         yield ops.bi_wkv6_forward, ([x.clone().requires_grad_() for x in six] + [mode])
         yield ops.bi_wkv6_backward, ([six[1], *six, mode])
     elif name == 'q_shift':
