@@ -8,15 +8,17 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from .._base import BaseModule
 from ..layers import PatchEmbed, resize_pos_embed
 from ..layers._checks import check_choice, check_int, check_rate
 from ..weights import fit_pos_embed, record_grid, require_fit
 
+# For torch.fx, resizing is one step: it depends on sizes that a symbolic trace does not have.
+torch.fx.wrap('resize_pos_embed')
+
 INTERPOLATE_MODES = ('bicubic', 'bilinear')
 
 
-class PlainBackbone(BaseModule):
+class PlainBackbone(nn.Module):
     """A plain backbone: patch and position embedding, layers of one width, a final norm layer.
 
     Loading weights resizes the position embedding if the grids differ, and raises an error if the
@@ -38,7 +40,6 @@ class PlainBackbone(BaseModule):
             the first one.
         final_norm: Whether to normalise the output of the last layer.
         interpolate_mode: How the position embedding is resized: ``'bicubic'`` or ``'bilinear'``.
-        init_cfg: mmengine's initialisation config.
         norm_eps: Epsilon of the final norm layer.
         class_token_slot: Whether ``pos_embed`` begins with the slot of a class token, which is not
             used.
@@ -65,11 +66,10 @@ class PlainBackbone(BaseModule):
         drop_path_rate: float,
         final_norm: bool,
         interpolate_mode: str,
-        init_cfg: dict | list[dict] | None,
         norm_eps: float = 1e-5,
         class_token_slot: bool = False,
     ) -> None:
-        super().__init__(init_cfg)
+        super().__init__()
         check_int('depth', depth, 1)
         check_rate('drop_rate', drop_rate)
         check_rate('drop_path_rate', drop_path_rate)

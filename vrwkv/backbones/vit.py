@@ -145,7 +145,6 @@ class ViT(PlainBackbone):
         final_norm: Whether to normalise the output of the last layer.
         interpolate_mode: How the position embedding is resized: ``'bicubic'`` or ``'bilinear'``.
         with_cp: Whether to recompute each layer in the backward pass to save memory.
-        init_cfg: mmengine's initialisation config.
 
     Raises:
         TypeError: If an argument has a wrong type.
@@ -169,7 +168,6 @@ class ViT(PlainBackbone):
         final_norm: bool = True,
         interpolate_mode: str = 'bicubic',
         with_cp: bool = False,
-        init_cfg: dict | list[dict] | None = None,
     ) -> None:
         check_int('depth', depth, 1)
         check_int('window_size', window_size, 1)
@@ -203,7 +201,6 @@ class ViT(PlainBackbone):
             drop_path_rate=drop_path_rate,
             final_norm=final_norm,
             interpolate_mode=interpolate_mode,
-            init_cfg=init_cfg,
             norm_eps=NORM_EPS,
             class_token_slot=True,
         )

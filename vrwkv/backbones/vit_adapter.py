@@ -1,6 +1,6 @@
 """The paper's ViT baseline for detection and segmentation."""
 
-from .vit import ViT
+from ._openmmlab import ViT
 from .vrwkv_adapter import AdapterMixin
 
 

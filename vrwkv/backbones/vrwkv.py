@@ -44,8 +44,6 @@ class VRWKV(PlainBackbone):
         final_norm: Whether to normalise the output of the last layer.
         interpolate_mode: How the position embedding is resized: ``'bicubic'`` or ``'bilinear'``.
         with_cp: Whether to recompute each layer in the backward pass to save memory.
-        init_cfg: mmengine's initialisation config, such as ``dict(type='Pretrained',
-            checkpoint=..., prefix='backbone.')``.
         causal: Whether attention sees only the tokens before, as RWKV's own does (paper, table 5).
 
     Raises:
@@ -74,7 +72,6 @@ class VRWKV(PlainBackbone):
         final_norm: bool = True,
         interpolate_mode: str = 'bicubic',
         with_cp: bool = False,
-        init_cfg: dict | list[dict] | None = None,
         causal: bool = False,
     ) -> None:
 
@@ -108,7 +105,6 @@ class VRWKV(PlainBackbone):
             drop_path_rate=drop_path_rate,
             final_norm=final_norm,
             interpolate_mode=interpolate_mode,
-            init_cfg=init_cfg,
         )
 
     @staticmethod

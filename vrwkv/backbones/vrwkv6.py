@@ -49,8 +49,6 @@ class VRWKV6(PlainBackbone):
         final_norm: Whether to normalise the output of the last layer.
         interpolate_mode: How the position embedding is resized: ``'bicubic'`` or ``'bilinear'``.
         with_cp: Whether to recompute each layer in the backward pass to save memory.
-        init_cfg: mmengine's initialisation config, such as ``dict(type='Pretrained',
-            checkpoint=..., prefix='backbone.')``.
 
     Raises:
         TypeError: If an argument has a wrong type.
@@ -78,7 +76,6 @@ class VRWKV6(PlainBackbone):
         final_norm: bool = True,
         interpolate_mode: str = 'bicubic',
         with_cp: bool = False,
-        init_cfg: dict | list[dict] | None = None,
     ) -> None:
         check_choice('shift_mode', shift_mode, (Q_SHIFT, *SHIFT_MODES))
         mix = dict(
@@ -113,5 +110,4 @@ class VRWKV6(PlainBackbone):
             drop_path_rate=drop_path_rate,
             final_norm=final_norm,
             interpolate_mode=interpolate_mode,
-            init_cfg=init_cfg,
         )

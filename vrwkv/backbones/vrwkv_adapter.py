@@ -20,8 +20,7 @@ from ..layers.adapter import (
     init_adapter_weights,
 )
 from ..weights import require_whole
-from .vrwkv import VRWKV
-from .vrwkv6 import VRWKV6
+from ._openmmlab import VRWKV, VRWKV6
 
 with explain_missing('the adapter', extra='detection', brings=('mmcv',)):
     from mmcv.cnn import build_norm_layer

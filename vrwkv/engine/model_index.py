@@ -7,8 +7,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from mmengine.fileio import load
-
 
 class ModelInfo(NamedTuple):
     """Entry of the model index."""
@@ -43,6 +41,8 @@ def list_models() -> dict[str, ModelInfo]:
     Returns:
         The models of every task by name.
     """
+    from mmengine.fileio import load  # unknown_model serves without mmengine, too
+
     folder = index_folder()
     models = {}
     for metafile in load(folder / 'model-index.yml')['Import']:

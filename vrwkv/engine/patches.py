@@ -8,7 +8,6 @@ tools need before they read a config.
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cache, wraps
@@ -16,18 +15,13 @@ from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import torch
 from mmengine.registry import DefaultScope
 from torch import Tensor, nn
 
-from .checkpoint import CheckpointError, allow_harmless_globals, read_checkpoint
-from .download import download
-
-# OpenMMLab ends file names with the first digits of the SHA-256. Digits alone would be a date.
-_HASH_IN_NAME = re.compile(r'-(?=[0-9]*[a-f])([0-9a-f]{8,64})\.\w+$')
-
+from ..checkpoint import CheckpointError, allow_harmless_globals, read_checkpoint
+from .download import DownloadError, fetch
 
 # --- mmengine -----------------------------------------------------------------------------------
 
@@ -80,22 +74,15 @@ def load_url(
 
     It replaces ``torch.hub.load_state_dict_from_url`` in mmengine, with the same arguments, for
     ``http(s)://``, ``torchvision://``, ``open-mmlab://`` and ``mmcls://``.
-    :func:`vrwkv.engine.download.download` handles poor connections.
+    :func:`vrwkv.engine.download.fetch` downloads the file.
 
     Raises:
         CheckpointError: If the download fails or its SHA-256 is not the one in its name.
     """
-    folder = Path(model_dir or Path(torch.hub.get_dir(), 'checkpoints'))
-    path = folder / (kwargs.get('file_name') or Path(urlparse(url).path).name)
-    if not path.is_file():
-        digest = _HASH_IN_NAME.search(path.name)
-        try:
-            download(url, path, digest and digest[1], progress)
-        except (OSError, RuntimeError, ValueError) as error:
-            raise CheckpointError(
-                f'Cannot download checkpoint {url}: {error}. Download it by other means and give '
-                f'its path instead, or save it as {path}.'
-            ) from error
+    try:
+        path = fetch(url, model_dir, kwargs.get('file_name'), progress)
+    except DownloadError as error:
+        raise CheckpointError(str(error)) from error
     return read_checkpoint(path, map_location)
 
 

@@ -14,7 +14,7 @@ from mmengine.runner.checkpoint import _load_checkpoint_to_model
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .checkpoint import CheckpointError
+from ..checkpoint import CheckpointError
 from .patches import without_cuda_set_device
 from .screen import QuietScreen
 

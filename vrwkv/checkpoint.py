@@ -6,25 +6,44 @@ The other objects in mmengine's checkpoints, beside tensors, are allowed by name
 
 import argparse
 import codecs
+import logging
 import os
 import pickle
 import re
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import torch
-from mmengine.logging import HistoryBuffer, print_log
 
-from ..weights import CheckpointError
+from .weights import CheckpointError
 
 try:
     from numpy._core import multiarray
 except ImportError:  # numpy < 2
     from numpy.core import multiarray
+
+try:
+    import mmengine  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name != 'mmengine':
+        raise
+
+    class HistoryBuffer:
+        """Unpickle mmengine's log histories without mmengine."""
+
+    HistoryBuffer.__module__ = 'mmengine.logging.history_buffer'
+
+    def print_log(message: str, logger: str) -> None:
+        """Log through Python's logging, as mmengine's function does through mmengine's logger."""
+        logging.getLogger('vrwkv').info(message)
+
+else:
+    from mmengine.logging import HistoryBuffer, print_log
 
 #: Keys under which training codes store the weights in a checkpoint, in the order of the search.
 #: The weights come before their moving average ('model_ema'), as in upstream's loading.
@@ -37,7 +56,7 @@ def _history_statistic(owner: type, name: str) -> Callable:
     """Replace ``getattr``, which pickles of HistoryBuffer call to name its statistics."""
     if owner is not HistoryBuffer or name not in ('min', 'max', 'current', 'mean'):
         raise pickle.UnpicklingError(f'Unsupported global: GLOBAL getattr({owner!r}, {name!r})')
-    return getattr(HistoryBuffer, name)
+    return getattr(HistoryBuffer, name, None)
 
 
 def _renamed(function: Callable, full_name: str) -> Callable:
@@ -65,6 +84,7 @@ _Settings.__module__, _Settings.__name__ = 'yacs.config', 'CfgNode'
 _Settings.__qualname__ = _Settings.__name__
 
 
+@cache
 def allow_harmless_globals() -> None:
     """Let ``torch.load(weights_only=True)`` read the objects that training codes save with weights.
 
@@ -125,6 +145,7 @@ def read_checkpoint(
                 f"Checkpoint '{name}' does not exist (looked for {file.absolute()})."
             )
     name = name or 'stream'
+    allow_harmless_globals()
     if name.endswith('.safetensors'):
         checkpoint = _read_safetensors(file, map_location, name)
     else:
