@@ -1,7 +1,7 @@
 """Everything that fits a state dict to a model, and the files that state dicts are saved to.
 
 Needs torch alone. In this order: the checks that the models and mmengine's loading call, the
-position embedding, the names of upstream's weights, and lean files for the converters.
+position embedding, classifiers, the names of upstream's weights, and lean files for the converters.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ ARGUMENTS = (
 )
 #: Name of the grid of ``pos_embed`` in the state dict of a model whose grid is not square.
 GRID_KEY = 'pos_embed_grid'
+#: First parts of the names of an adapter's own weights.
+ADAPTER_NAMES = ('level_embed', 'spm.', 'interactions.', 'up.', 'norm1', 'norm2', 'norm3', 'norm4')
 #: Files that :func:`save_weights` writes.
 SUFFIXES = ('.safetensors', '.pth')
 #: How to load only the backbone of a checkpoint, for error messages.
@@ -189,7 +191,7 @@ def _require_family(
         )
     elif other:
         kind = type(module).__name__.replace(FAMILIES[marker], other[0])
-        message += f'. It is the checkpoint of another model, a {other[0]}: set type={kind!r}'
+        message += f'. It is the checkpoint of another model, a {other[0]}: build a {kind} instead'
     else:
         message += '. Is it the checkpoint of another model?'
     raise CheckpointError(f'{message} {remedy}'.rstrip())
@@ -295,6 +297,138 @@ def fit_pos_embed(module: nn.Module, state_dict: dict[str, Tensor], prefix: str 
         )
     resized = resize_pos_embed(pos_embed[:, slots:], source, target, module.interpolate_mode)
     state_dict[key] = torch.cat([pos_embed[:, :slots], resized], dim=1)
+
+
+# --- classifiers --------------------------------------------------------------------------------
+
+
+def load_classifier(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+    """Load weights under any of the names that upstream, mmpretrain and this project write.
+
+    The weights may be those of a classifier, of a backbone alone, of masked pre-training, or of a
+    detector or segmentor, whose adapter is left out. The first convolution is adapted to the
+    model's channels. Where the numbers of classes differ, the last layer of the head keeps its
+    values, with a warning.
+
+    Args:
+        model: A :class:`~vrwkv.VisionRWKV` or a plain backbone.
+        state_dict: The weights, in a file's order.
+
+    Raises:
+        CheckpointError: If the weights are those of another model, or incomplete.
+
+    Warns:
+        UserWarning: If the head, or its last layer, keeps its values.
+    """
+    backbone = getattr(model, 'backbone', model)
+    weights = classifier_weights(state_dict)
+    if not any(name.startswith('backbone.') for name in weights):
+        _require_family(backbone, state_dict, prefix='')
+    weights, head = _below(weights, 'backbone.'), _below(weights, 'head.')
+    projection = 'patch_embed.projection.weight'
+    if projection in weights:
+        channels = backbone.patch_embed.projection.in_channels
+        weights[projection] = adapt_channels(weights[projection], channels)
+    result = backbone.load_state_dict(weights, strict=False)
+    if result.missing_keys or result.unexpected_keys:
+        raise CheckpointError(
+            f'the weights do not fit this {type(backbone).__name__}: they lack '
+            f'{_some(result.missing_keys)}, and have {_some(result.unexpected_keys)} in addition: '
+            'build the model with the arguments of the checkpoint (init_values, key_norm, '
+            'final_norm, ...)'
+        )
+    if model is not backbone and model.num_classes:
+        _load_head(model.head, head)
+
+
+def classifier_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename weights to ``backbone.*`` and ``head.*``, as mmpretrain's classifiers name them.
+
+    Args:
+        state_dict: Weights in one of the forms of :func:`load_classifier`.
+
+    Returns:
+        The weights of the backbone and of the head; others are left out.
+    """
+    weights = dict(state_dict)
+    if 'blocks.0.att.spatial_decay' in weights:
+        weights = from_upstream_mae(weights)
+    elif not FAMILIES.keys().isdisjoint(weights):
+        weights = {
+            name if name.startswith('head.') else f'backbone.{name}': value
+            for name, value in weights.items()
+        }
+    rename_mlp_head(weights)
+    adapter = tuple(f'backbone.{name}' for name in ADAPTER_NAMES)
+    return {
+        name: value
+        for name, value in weights.items()
+        if name.startswith(('backbone.', 'head.')) and not name.startswith(adapter)
+    }
+
+
+def adapt_channels(weight: Tensor, channels: int) -> Tensor:
+    """Adapt the first convolution to images with other channels, by timm's rule.
+
+    The response to images whose channels are equal stays the same.
+
+    Args:
+        weight: The weight of the convolution, of shape ``(C, 3, P, P)``.
+        channels: Channels of the images.
+
+    Returns:
+        A weight of shape ``(C, channels, P, P)``: the sum over the channels for one channel,
+        otherwise the channels repeated in order and multiplied by ``3 / channels``.
+
+    Raises:
+        CheckpointError: If the weight is not for three channels, and ``channels`` is neither one
+            nor the weight's own number.
+    """
+    source = weight.shape[1]
+    if channels == source:
+        return weight
+    if channels == 1:
+        return weight.sum(1, keepdim=True)
+    if source != 3:
+        raise CheckpointError(
+            f'the weights are for images with {source} channels and cannot be adapted to '
+            f'{channels}: only weights for 3 channels can'
+        )
+    return weight[:, [index % 3 for index in range(channels)]] * (3 / channels)
+
+
+def _load_head(head: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Load a head; its last layer keeps its values if the number of classes differs."""
+    own = head.state_dict()
+    last = [
+        name for name in own if own[name].data_ptr() in map(Tensor.data_ptr, head.last.parameters())
+    ]
+    if not weights:
+        warnings.warn('the weights have no head: the head stays random', stacklevel=5)
+        return
+    fits = weights.keys() == own.keys() and all(
+        weights[name].shape[name in last :] == own[name].shape[name in last :] for name in own
+    )
+    if not fits:
+        raise CheckpointError(
+            f'the head of the weights ({_shapes(weights)}) does not fit the one of this model '
+            f'({_shapes(own)}): build the model with the hidden_dims of the checkpoint, or with '
+            'num_classes=0 and then call reset_classifier'
+        )
+    classes = [len(values[last[0]]) for values in (weights, own)]
+    if classes[0] != classes[1]:
+        warnings.warn(
+            f'the weights are for {classes[0]} classes and the model has {classes[1]}: the last '
+            'layer of the head stays random',
+            stacklevel=5,
+        )
+        weights = {name: value for name, value in weights.items() if name not in last}
+    head.load_state_dict(weights, strict=False)
+
+
+def _shapes(weights: Mapping[str, Tensor]) -> str:
+    """Name weights with their shapes."""
+    return ', '.join(f'{name} of shape {tuple(value.shape)}' for name, value in weights.items())
 
 
 # --- names of upstream's weights ----------------------------------------------------------------
