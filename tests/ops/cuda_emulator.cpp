@@ -27,6 +27,8 @@ TORCH_LIBRARY(vrwkv_emulated, m) {
   m.def("take_counts", take_counts);
   m.def("bi_wkv_forward", vrwkv_cuda::bi_wkv_forward);
   m.def("bi_wkv_backward", vrwkv_cuda::bi_wkv_backward);
+  m.def("bi_wkv6_forward", vrwkv_cuda::bi_wkv6_forward);
+  m.def("bi_wkv6_backward", vrwkv_cuda::bi_wkv6_backward);
   // The dispatcher leaves out arguments that have their default value.
   m.def("q_shift(Tensor x, int height, int width, int shift_pixel, float channel_gamma, bool reverse, int heads=1) -> Tensor",
         vrwkv_cuda::q_shift);

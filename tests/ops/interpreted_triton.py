@@ -19,7 +19,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from vrwkv_ops import triton as backend
-from vrwkv_ops.triton import bi_wkv, ms_deform_attn, pointwise, token_shift
+from vrwkv_ops.triton import bi_wkv, bi_wkv6, ms_deform_attn, pointwise, token_shift
 
 CHOOSE_TILING = bi_wkv.choose_tiling
 
@@ -105,5 +105,6 @@ if __name__ == '__main__':
     use_tiles(8, 4, 2)
     token_shift._BLOCKS = dict(BLOCK_T=8, BLOCK_C=16)
     pointwise._BLOCK = 64
+    bi_wkv6._CHUNK = 2
     ms_deform_attn._ELEMENTS = 512
     serve(Connection(int(sys.argv[1])))

@@ -10,6 +10,7 @@ from torch import Tensor
 from vrwkv.mmcv_ops import serve_mmcv_ops
 
 from .dense_bi_wkv import dense_bi_wkv
+from .dense_bi_wkv6 import dense_bi_wkv6
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 HALF = [torch.float16, torch.bfloat16]
@@ -188,6 +189,24 @@ def _wkv(causal: bool) -> Operator:
     )
 
 
+def _wkv6_inputs(normal, batch, tokens, channels):
+    size = next(n for n in (64, 40, 24, 8) if channels % n == 0)
+    r, k, v, w = normal(4, batch, tokens, channels)
+    return dict(r=r, k=k, v=v, w=2 * w - 2, u=normal(channels // size, size))
+
+
+def _wkv6(causal: bool) -> Operator:
+    return Operator(
+        'bi_wkv6',
+        _wkv6_inputs,
+        dense_bi_wkv6,
+        dict(causal=causal),
+        parameters=('w', 'u'),
+        bars=(1e-13, 1e-6, 1e-6),
+        shape=(1, 3, 16),
+    )
+
+
 def _mixed(mode: str, count: int) -> Operator:
     return Operator(
         'token_shift',
@@ -235,6 +254,8 @@ def _deformable(shapes: tuple[tuple[int, int], ...], points: int, wide: bool = F
 OPERATORS = {
     'bi_wkv': _wkv(causal=False),
     'causal_bi_wkv': _wkv(causal=True),
+    'bi_wkv6': _wkv6(causal=False),
+    'causal_bi_wkv6': _wkv6(causal=True),
     'q_shift': Operator(
         'q_shift',
         lambda normal, *shape: dict(x=normal(*shape)),

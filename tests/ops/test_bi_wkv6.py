@@ -8,23 +8,11 @@ import torch
 from vrwkv_ops import bi_wkv6
 from vrwkv_ops.reference import bi_wkv6_reference
 
+from .backends import has_kernels, is_quick, on
+from .dense_bi_wkv6 import dense_bi_wkv6
+
 GOLDEN = Path(__file__).parents[1] / 'data/golden/wkv6_operator.pt'
 HALF = [torch.float16, torch.bfloat16]
-
-
-def dense(r, k, v, w, u, causal=False):
-    """All pairs of tokens: the decay between two is the product over the tokens between them."""
-    r, k, v, w = (x.unflatten(2, u.shape).transpose(1, 2) for x in (r, k, v, w))
-    tokens, log_decay = range(r.shape[2]), -torch.exp(w)
-    rows = []
-    for t in tokens:
-        row = torch.zeros_like(v[:, :, 0])
-        for i in range(t + 1) if causal else tokens:
-            between = log_decay[:, :, min(t, i) + 1 : max(t, i)].sum(2).exp() if i != t else u
-            score = (r[:, :, t] * between * k[:, :, i]).sum(-1, keepdim=True)
-            row = row + score * v[:, :, i]
-        rows.append(row)
-    return torch.stack(rows, 1).flatten(2)
 
 
 def make(batch, tokens, heads, size, mean=-2.0, dtype=torch.float64, seed=0):
@@ -45,6 +33,16 @@ def run(function, inputs, gy, **options):
     return [y.detach(), *torch.autograd.grad(y, leaves, gy, materialize_grads=True)]
 
 
+def run_on(backend, inputs, gy, **options):
+    """The same on a backend's device."""
+    inputs, gy = [x.to(backend.device) for x in inputs], gy.to(backend.device)
+    return [x.cpu() for x in run(backend.function('bi_wkv6'), inputs, gy, **options)]
+
+
+def is_quick_kernel(backend):
+    return has_kernels(backend) and is_quick(backend)
+
+
 def errors(results, truth):
     """Relative errors of y, gr, gk, gv, gw and gu; absolute ones where all is 0."""
     return [
@@ -57,34 +55,34 @@ SIZES = [(2, 1, 1, 8), (1, 2, 2, 16), (2, 15, 1, 24), (1, 16, 1, 32), (1, 17, 2,
 
 
 @pytest.mark.parametrize('causal', [False, True])
-@pytest.mark.parametrize('sizes', SIZES, ids=str)
-@pytest.mark.parametrize('function', [bi_wkv6, bi_wkv6_reference])
-def test_equals_the_dense_formula(function, sizes, causal):
+@on('sizes', SIZES, only=is_quick)
+def test_equals_the_dense_formula(backend, sizes, causal):
     inputs, gy = make(*sizes)
-    truth = run(dense, inputs, gy, causal=causal)
-    assert max(errors(run(function, inputs, gy, causal=causal), truth)) < 1e-13
+    truth = run(dense_bi_wkv6, inputs, gy, causal=causal)
+    assert max(errors(run_on(backend, inputs, gy, causal=causal), truth)) < 1e-13
 
 
-@pytest.mark.parametrize('mean', [-20, -6, 0, 3, 6, 20, 90])
-def test_accuracy_in_float32_at_every_decay(mean):
+@on('mean', [-20, -6, 0, 3, 6, 20, 90], only=is_quick_kernel)
+def test_accuracy_in_float32_at_every_decay(backend, mean):
     """The bar is five roundings of float32; T passes the edges of chunks."""
     inputs, gy = make(2, 50, 2, 16, mean, torch.float32)
-    truth = run(dense, [x.double() for x in inputs], gy.double())
-    results = run(bi_wkv6, inputs, gy)
+    truth = run(dense_bi_wkv6, [x.double() for x in inputs], gy.double())
+    results = run_on(backend, inputs, gy)
     assert all(x.isfinite().all() for x in results)
     assert max(errors(results, truth)) < 6e-7
 
 
-def test_infinite_decays():
+@on(only=is_quick_kernel)
+def test_infinite_decays(backend):
     """A token with w = inf lets nothing pass, one with -inf everything."""
     inputs, gy = make(1, 20, 1, 8, dtype=torch.float32)
     inputs[3][:, 3] = float('inf')
     inputs[3][:, 7] = float('-inf')
-    results = run(bi_wkv6, inputs, gy)
+    results = run_on(backend, inputs, gy)
     assert all(x.isfinite().all() for x in results)
     finite = [x.double() for x in inputs]
     finite[3] = finite[3].clamp(-700, 700)
-    assert max(errors(results, run(dense, finite, gy.double()))) < 6e-7
+    assert max(errors(results, run(dense_bi_wkv6, finite, gy.double()))) < 6e-7
 
 
 def test_equals_upstreams_kernel():
@@ -124,7 +122,7 @@ def test_half_types(dtype):
     """One rounding of the results of the same rounded inputs."""
     inputs, gy = make(2, 20, 2, 8, dtype=torch.float32)
     inputs, gy = [*(x.to(dtype) for x in inputs[:3]), *inputs[3:]], gy.to(dtype)
-    truth = run(dense, [x.double() for x in inputs], gy.double())
+    truth = run(dense_bi_wkv6, [x.double() for x in inputs], gy.double())
     results = run(bi_wkv6, inputs, gy)
     for got, expected, like in zip(results, truth, [gy, *inputs], strict=True):
         assert got.dtype == like.dtype

@@ -6,7 +6,7 @@ import torch
 from vrwkv_ops import compat
 
 from .dense_bi_wkv import dense_with_gradients
-from .test_bi_wkv6 import dense as dense_bi_wkv6
+from .dense_bi_wkv6 import dense_bi_wkv6
 from .test_bi_wkv6 import make, run
 
 

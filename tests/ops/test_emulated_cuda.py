@@ -7,6 +7,7 @@ from vrwkv_ops import bi_wkv
 
 from .dense_bi_wkv import dense_with_gradients
 from .emulated_cuda import load
+from .operators import OPERATORS
 
 NAMES = ('y', 'gw', 'gu', 'gk', 'gv')
 H100 = 227  # KiB of shared memory for a block
@@ -116,6 +117,17 @@ def test_order_of_threads_does_not_matter(library, device, dtype, k_max):
     device(is_reversed=True)
     results, _ = run(library, *inputs)
     assert all(map(torch.equal, results, expected))
+
+
+def test_order_of_threads_does_not_matter_for_bi_wkv6(library, device):
+    """Sequences of several chunks, one of them short."""
+    call = OPERATORS['bi_wkv6'].make((2, 70, 80))
+    inputs, results = list(call.inputs.values()), []
+    for is_reversed in (False, True):
+        device(is_reversed=is_reversed)
+        y = library.bi_wkv6_forward(*inputs, False)
+        results.append([y, *library.bi_wkv6_backward(*call.grads, *inputs, False)])
+    assert all(map(torch.equal, *results))
 
 
 @pytest.mark.parametrize(('tokens', 'kernels'), [(196, 1), (256, 1), (257, 3)])

@@ -7,11 +7,14 @@ import math
 import pytest
 import torch
 
-from .backends import has_kernels, is_quick, on
+from vrwkv_ops import backends
+
+from .backends import BACKENDS, has_kernels, is_quick, on
 from .operators import DTYPES, HALF, OPERATORS, as_list
 
 operators = pytest.mark.parametrize('operator', OPERATORS.values(), ids=OPERATORS)
-WKV = [name for name in OPERATORS if 'wkv' in name]
+WKV = ['bi_wkv', 'causal_bi_wkv']
+WKV6 = ['bi_wkv6', 'causal_bi_wkv6']
 SHIFTS = [name for name in OPERATORS if 'shift' in name]
 POINTWISE = ['squared_relu', 'sigmoid_gate']
 DEFORMABLE = [name for name in OPERATORS if 'deform' in name]
@@ -33,6 +36,8 @@ WKV_SHAPES = [
 ]
 CASES = [
     *itertools.product(WKV_SHAPES, WKV),
+    # Beside the sizes of chunks; heads of 8, 24, 40 and 64 channels.
+    *itertools.product([(1, 1, 8), (2, 17, 24), (1, 33, 80), (1, 70, 128)], WKV6),
     *itertools.product([(2, 15, 10), (2, 15, 41), (3, 15, 64)], SHIFTS),
     *itertools.product([(1, 4, 1), (2, 5, 3), (3, 7, 8), (1, 9, 33), (2, 30, 76)], DEFORMABLE),
     *itertools.product([(), (1,), (3, 37), (17, 59), (1 << 16,)], POINTWISE),
@@ -107,12 +112,21 @@ def test_gradient_of_one_input_only(backend, operator):
         torch.testing.assert_close(got.double(), expected[f'g{name}'], rtol=1e-4, atol=1e-5)
 
 
+@operators
+def test_pytorch_warns_where_kernels_are_missing(operator, monkeypatch):
+    backend = next(x for x in BACKENDS if x.name == 'pytorch')
+    monkeypatch.setattr(backends, '_warned', set())
+    with backend.serving(), pytest.warns(RuntimeWarning, match='slower pure-PyTorch .* on cpu'):
+        operator.make().run(backend)
+
+
 # --- Layouts ----------------------------------------------------------------------------------
 
 
 # Elsewhere other vector widths and orders of sums may round otherwise, in the last places.
 IS_EXACT = {
     'bi_wkv': lambda backend: backend.name in ('cuda-emulated', 'triton-interpreted'),
+    'bi_wkv6': lambda backend: has_kernels(backend) and 'pytorch' not in backend.name,
     'squared_relu': lambda backend: has_kernels(backend) and 'pytorch' not in backend.name,
     'sigmoid_gate': lambda backend: has_kernels(backend) and 'pytorch' not in backend.name,
 }
@@ -198,6 +212,7 @@ LARGE_GRID = ((3, 33 * 40, 24), 'token_shift', dict(resolution=(33, 40)))
 LONG = [((1, 4096, 1), 'bi_wkv', {}), ((1, 16384, 3), 'bi_wkv', {}), LARGE_GRID]
 SEVERAL_TILES = [
     *(((2, 130, 37), name, {}) for name in WKV),
+    ((2, 35, 80), 'bi_wkv6', {}),
     *(((2, 35, 33), name, dict(resolution=(5, 7), shift_pixel=2)) for name in SHIFTS),
 ]
 

@@ -22,8 +22,8 @@ from vrwkv_ops.triton import token_shift as shift
 
 from .backends import BACKENDS, interpreter
 from .dense_bi_wkv import dense_with_gradients
+from .dense_bi_wkv6 import dense_bi_wkv6
 from .test_bi_wkv import make_inputs, relative_error, run
-from .test_bi_wkv6 import dense as dense6
 from .test_bi_wkv6 import errors as errors6
 from .test_bi_wkv6 import make as make6
 from .test_bi_wkv6 import run as run6
@@ -94,7 +94,7 @@ def test_bi_wkv6(interpreted, sizes, mean, causal):
     inputs, gy = make6(*sizes, mean, torch.float32)
     inputs[3][:, -1], inputs[3][:, sizes[1] // 2] = float('inf'), float('-inf')
     finite = [x.double().clamp(-700, 700) for x in inputs]
-    truth = run6(dense6, finite, gy.double(), causal=causal)
+    truth = run6(dense_bi_wkv6, finite, gy.double(), causal=causal)
     moved = [*(x.mT.contiguous().mT for x in inputs[:4]), inputs[4]]
     results = run6(vrwkv_ops.bi_wkv6, moved, gy, causal=causal)
     assert max(errors6(results, truth)) < 6e-7

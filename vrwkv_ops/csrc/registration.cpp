@@ -13,10 +13,8 @@ TORCH_LIBRARY_IMPL(vrwkv_ops, CPU, m) {
 #endif
   m.impl("bi_wkv_forward", kernels::bi_wkv_forward);
   m.impl("bi_wkv_backward", kernels::bi_wkv_backward);
-#if !defined(VRWKV_OPS_WITH_CUDA)  // PyTorch serves it on GPUs
   m.impl("bi_wkv6_forward", kernels::bi_wkv6_forward);
   m.impl("bi_wkv6_backward", kernels::bi_wkv6_backward);
-#endif
   m.impl("q_shift", kernels::q_shift);
   m.impl("token_shift", kernels::token_shift);
   m.impl("token_shift_backward", kernels::token_shift_backward);

@@ -9,13 +9,13 @@ namespace vrwkv_ops {
 
 constexpr int64_t kMaxHeadSize = 64;
 
-// Inputs of shape (B, T, H N); the decay d = exp(-exp(w)) and the bonus u (H, N) have the accumulation type.
+// Inputs of shape (B, T, H N) and the bonus u (H, N).
 template <typename scalar_t>
 struct Wkv6Inputs {
   using T = acc_type<scalar_t>;
   View<scalar_t> r, k, v;
-  const T* d;  // contiguous
-  const T* u;
+  View<T> w;
+  const T* u;                          // contiguous
   int64_t batch, tokens, heads, size;  // size: channels of a head, N
   bool causal;
 };
@@ -30,8 +30,8 @@ struct Wkv6BackwardParams : Wkv6Inputs<scalar_t> {
   using T = acc_type<scalar_t>;
   View<scalar_t> gy;
   scalar_t *gr, *gk, *gv;  // contiguous
-  T* gd;                   // (B, T, C): the gradient of the decay d
-  T* gu;                   // (B, C): one row for each image
+  T* gw;
+  T* gu;  // (B, C): one row for each image
 };
 
 }  // namespace vrwkv_ops

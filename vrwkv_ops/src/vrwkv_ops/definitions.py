@@ -125,6 +125,16 @@ def _empty(x: Tensor) -> Tensor:
 # --- Bi-WKV6 ----------------------------------------------------------------------------------
 
 
+def _bi_wkv6_forward(r, *args):
+    backends.warn_if_slow(r.device)
+    return wkv6.forward(r, *args)
+
+
+def _bi_wkv6_backward(gy, *args):
+    backends.warn_if_slow(gy.device)
+    return wkv6.backward(gy, *args)
+
+
 def _bi_wkv6_setup_context(ctx, inputs, output):
     *tensors, ctx.causal = inputs
     ctx.save_for_backward(*tensors)
@@ -266,7 +276,7 @@ OPERATORS = (
     ),
     Operator(
         'bi_wkv6_forward(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, bool causal) -> Tensor',
-        wkv6.forward,
+        _bi_wkv6_forward,
         lambda r, k, v, *_: _empty(v),
         _bi_wkv6_setup_context,
         _bi_wkv6_forward_backward,
@@ -275,7 +285,7 @@ OPERATORS = (
     Operator(
         'bi_wkv6_backward(Tensor gy, Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, bool causal)'
         ' -> (Tensor gr, Tensor gk, Tensor gv, Tensor gw, Tensor gu)',
-        wkv6.backward,
+        _bi_wkv6_backward,
         lambda gy, *inputs: tuple(map(_empty, inputs[:5])),
     ),
     Operator(
