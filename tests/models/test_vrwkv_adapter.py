@@ -95,11 +95,11 @@ def test_deformable_attention_is_that_of_mmcv():
     torch.testing.assert_close(ours(query, value, geometry), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize('strict', [False, True])
-def test_export(strict):
-    model = small(norm_cfg=BN).eval()
+def test_strict_export():
+    """tests/tools/test_export.py exports adapters for all sizes."""
+    model = small(norm_cfg=BN, depth=1, interaction_indexes=[[0, 0]]).eval()
     x = images()
-    program = torch.export.export(model, (x,), strict=strict)
+    program = torch.export.export(model, (x,), strict=True)
     with torch.no_grad():
         torch.testing.assert_close(program.module()(x), model(x))
 

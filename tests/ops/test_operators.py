@@ -232,7 +232,11 @@ def has_atomics(backend, name):
     return 'deform' in name and ('gpu' in backend.name or 'triton' in backend.name)
 
 
-@on('shape name options', [*TYPICAL, *LONG, *SEVERAL_TILES], only=has_kernels)
+@on(
+    'shape name options',
+    [*TYPICAL, *LONG, *SEVERAL_TILES],
+    only=lambda backend: has_kernels(backend) and is_quick(backend),  # an interpreter has no threads
+)
 def test_same_bits_for_any_number_of_threads(backend, shape, name, options):
     call = OPERATORS[name].make(shape, device=backend.device, **options)
     threads = torch.get_num_threads()

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
-from mmpretrain.registry import MODELS
 from PIL import Image
 from torch import nn
 
@@ -122,7 +121,7 @@ def test_get_flops(tool, nano, tmp_path, capsys):
         ['vrwkv-nano_1xb64_digits', '64x64'],
         ['deit-tiny_4xb256_in1k', '64x64'],
     ]
-    model = MODELS.build(Config.fromfile(nano).model)
+    model = build_model(Config.fromfile(nano))
     cost = complexity(model, torch.zeros(1, 3, 64, 64))
     backbone = sum(p.numel() for p in model.backbone.parameters())
     expected = (cost.parameters / 1e6, backbone / 1e6, cost.flops / 1e9)
@@ -138,7 +137,7 @@ def test_mmpretrains_own_tool_counts_alike(nano, monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', ['get_flops.py', nano, '--shape', '64', '96'])
     runpy.run_path(str(path), run_name='__main__')
     printed = capsys.readouterr().out
-    model = MODELS.build(Config.fromfile(nano).model)
+    model = build_model(Config.fromfile(nano))
     flops = complexity(model, torch.zeros(1, 3, 64, 96)).flops
     head = model.head.fc.weight.numel()
     # It prints three digits behind the point of millions.

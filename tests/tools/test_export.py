@@ -242,9 +242,9 @@ def test_aoti_runs_from_cpp(golden, files, tmp_path):
 @pytest.fixture
 def adapters(monkeypatch, tmp_path):
     """Configs of a segmentor and a detector with small adapters."""
-    backbone = dict(embed_dims=24, depth=4, img_size=64, conv_inplane=8, deform_num_heads=2,
-                    drop_path_rate=0, init_values_inject=0.5,
-                    interaction_indexes=[[0, 0], [1, 1], [2, 2], [3, 3]])  # fmt: skip
+    backbone = dict(embed_dims=24, depth=1, img_size=64, conv_inplane=8, deform_num_heads=2,
+                    drop_path_rate=0, init_values_inject=0.5, fuse='last',
+                    interaction_indexes=[[0, 0]])  # fmt: skip
     texts = {}
     for task, base in (
         ('segmentation', 'segmentation/upernet_vrwkv-adapter-tiny_8xb2-160k_ade20k-512x512.py'),
@@ -277,7 +277,7 @@ def test_adapters_for_all_sizes(task, outputs, adapters):
 
 @pytest.fixture(scope='module')
 def digits(tmp_path_factory):
-    """The demo's config with half its width, its data, and a checkpoint that knows its classes."""
+    """The demo's config with two layers, its data, and a checkpoint that knows its classes."""
     from vrwkv.analysis.models import load_model, read_config
     from vrwkv_cls.datasets import write_digits
 
@@ -289,7 +289,8 @@ def digits(tmp_path_factory):
         f'{split}_dataloader': dict(dataset=dict(data_root=str(folder / 'data')))
         for split in ('train', 'val', 'test')
     }
-    config.write_text(f'_base_ = {str(base)!r}\nlocals().update({roots})\n')
+    depth = 'model = dict(backbone=dict(depth=2))'
+    config.write_text(f'_base_ = {str(base)!r}\n{depth}\nlocals().update({roots})\n')
     torch.manual_seed(0)
     model = load_model(read_config(str(config)))
     meta = dict(dataset_meta=dict(classes=[f'digit {i}' for i in range(10)]))
