@@ -191,20 +191,18 @@ def test_commands_of_a_page(page, checkout, stand_ins, seen, monkeypatch):
 
 
 def test_python_of_the_pytorch_page(tmp_path, monkeypatch):
-    """A released file is a classifier's, so its backbone's names have a prefix."""
-    from vrwkv.backbones import VRWKV
+    """On a file like the released one, without a download."""
+    import vrwkv
 
     monkeypatch.chdir(tmp_path)
-    weights = VRWKV(embed_dims=192, depth=12).state_dict()
-    torch.save(
-        {'state_dict': {f'backbone.{name}': value for name, value in weights.items()}},
-        'vrwkv_t_in1k_224.pth',
-    )
+    weights = vrwkv.create_model('vrwkv-tiny').state_dict()
+    torch.save({'state_dict': weights}, 'vrwkv_t_in1k_224.pth')
     names = {}
     for block in fenced((ROOT / 'docs/pytorch.md').read_text(), 'python'):
         exec(block, names)
     assert [tuple(m.shape) for m in names['maps']] == [(2, 192, 32, 24)] * 4
     assert names['y'].shape == names['x'].shape == (2, 196, 192)
+    assert names['grey'](torch.rand(1, 1, 32, 32)).shape == (1, 10)
 
 
 def test_python_of_the_ecosystem_page():
