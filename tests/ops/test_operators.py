@@ -235,7 +235,8 @@ def has_atomics(backend, name):
 @on(
     'shape name options',
     [*TYPICAL, *LONG, *SEVERAL_TILES],
-    only=lambda backend: has_kernels(backend) and is_quick(backend),  # an interpreter has no threads
+    # An interpreter has no threads.
+    only=lambda backend: has_kernels(backend) and is_quick(backend),
 )
 def test_same_bits_for_any_number_of_threads(backend, shape, name, options):
     call = OPERATORS[name].make(shape, device=backend.device, **options)
