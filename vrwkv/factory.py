@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 from torch import nn
 
@@ -137,16 +138,17 @@ def _find_weights(source: str | os.PathLike) -> Path:
     repository = _REPOSITORY.fullmatch(text)
     if '://' not in text and (path.is_file() or path.suffix in _SUFFIXES or not repository):
         return path
-    from .engine.download import AbsentError, DownloadError, fetch
+    from .engine.cache import fetch
+    from .engine.download import AbsentError, DownloadError
 
     if '://' in text:
         return fetch(text)
-    owner, revision = repository[1], repository[2] or 'main'
+    owner, revision = repository[1], quote(repository[2] or 'main', safe='')
     for file in _FILES:
         try:
             return fetch(
                 f'https://huggingface.co/{owner}/resolve/{revision}/{file}',
-                name='--'.join([*owner.split('/'), revision.replace('/', '-'), file]),
+                name='--'.join([*owner.split('/'), revision, file]),
             )
         except AbsentError:
             continue

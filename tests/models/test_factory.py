@@ -273,7 +273,7 @@ def hub(tmp_path, monkeypatch):
 def without_huggingface_hub(monkeypatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(
-        'vrwkv.engine.download.find_spec',
+        'vrwkv.engine.cache.find_spec',
         lambda name: None if name == 'huggingface_hub' else find_spec(name),
     )
 

@@ -9,6 +9,7 @@ import torch
 from mmengine.model import BaseModule
 from torch import nn
 
+import vrwkv.backbones.vrwkv
 from vrwkv.backbones import VRWKV, ViT
 
 from .vrwkv_reference import SMALL, randomise, reference
@@ -278,6 +279,7 @@ def test_torch_alone_is_enough():
 import sys
 sys.modules.update(dict.fromkeys(['mmengine', 'mmcv', 'mmpretrain', 'mmdet', 'mmseg', 'numpy']))
 import torch
+import vrwkv.backbones.vrwkv
 from vrwkv.backbones import VRWKV, ViT
 for cls in (VRWKV, ViT):
     model = cls(img_size=32, depth=1)
@@ -296,11 +298,13 @@ for cls in (VRWKV, ViT):
 def test_base_is_mmengines_where_it_is_installed():
     assert issubclass(VRWKV, BaseModule)
     assert issubclass(ViT, BaseModule)
+    assert not issubclass(vrwkv.backbones.vrwkv.VRWKV, BaseModule)
 
 
-def test_importing_the_backbones_imports_no_mmcv():
+def test_models_by_name_import_no_openmmlab():
     code = (
-        "import sys, vrwkv.backbones as b; sys.exit('mmcv' in sys.modules or hasattr(b, 'VRWKW'))"
+        'import sys, vrwkv, vrwkv.backbones as b; vrwkv.create_model("vrwkv-tiny", depth=1); '
+        'sys.exit(not {"mmcv", "mmengine"}.isdisjoint(sys.modules) or hasattr(b, "VRWKW"))'
     )
     assert subprocess.run([sys.executable, '-c', code], check=False).returncode == 0
 

@@ -1,7 +1,8 @@
 """Training and loading for every task, on mmengine.
 
 Importing it makes mmengine load checkpoints safely, find packages and skip byte order marks; see
-:mod:`.patches`. Without mmengine there are only the modules ``download`` and ``model_index``.
+:mod:`.patches`. Without mmengine there are only the modules ``cache``, ``download`` and
+``model_index``.
 """
 
 from ..checkpoint import CheckpointError, read_checkpoint

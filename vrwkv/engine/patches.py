@@ -21,7 +21,8 @@ from mmengine.registry import DefaultScope
 from torch import Tensor, nn
 
 from ..checkpoint import CheckpointError, allow_harmless_globals, read_checkpoint
-from .download import DownloadError, fetch
+from .cache import fetch
+from .download import DownloadError
 
 # --- mmengine -----------------------------------------------------------------------------------
 
@@ -74,7 +75,7 @@ def load_url(
 
     It replaces ``torch.hub.load_state_dict_from_url`` in mmengine, with the same arguments, for
     ``http(s)://``, ``torchvision://``, ``open-mmlab://`` and ``mmcls://``.
-    :func:`vrwkv.engine.download.fetch` downloads the file.
+    :func:`vrwkv.engine.cache.fetch` downloads the file.
 
     Raises:
         CheckpointError: If the download fails or its SHA-256 is not the one in its name.
