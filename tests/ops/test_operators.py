@@ -83,7 +83,11 @@ def test_gradcheck(backend, operator):
         assert torch.autograd.gradgradcheck(function, inputs)
 
 
-@on(only=has_kernels)
+def is_quick_kernel(backend):
+    return has_kernels(backend) and is_quick(backend)
+
+
+@on(only=is_quick_kernel)
 @operators
 def test_second_derivative_says_that_there_is_none(backend, operator):
     call = operator.make(device=backend.device)
@@ -97,7 +101,7 @@ def test_second_derivative_says_that_there_is_none(backend, operator):
         gx.sum().backward()
 
 
-@on()
+@on(only=is_quick)
 @operators
 def test_gradient_of_one_input_only(backend, operator):
     """The other inputs need none; of several results only the last is used."""
@@ -176,7 +180,7 @@ def test_strides_do_not_matter(backend, operator):
                     torch.testing.assert_close(got, want, rtol=rtol, atol=1e-5)
 
 
-@on()
+@on(only=is_quick)
 @operators
 def test_expanded_inputs(backend, operator):
     """Broadcast inputs, and gradients of ``y.sum().backward()``: strides of 0."""
@@ -235,8 +239,7 @@ def has_atomics(backend, name):
 @on(
     'shape name options',
     [*TYPICAL, *LONG, *SEVERAL_TILES],
-    # An interpreter has no threads.
-    only=lambda backend: has_kernels(backend) and is_quick(backend),
+    only=is_quick_kernel,  # an interpreter has no threads
 )
 def test_same_bits_for_any_number_of_threads(backend, shape, name, options):
     call = OPERATORS[name].make(shape, device=backend.device, **options)
