@@ -32,6 +32,8 @@ constexpr int kColumns = kWkv6Columns;
 constexpr int kChunk = 16;  // tokens
 constexpr int kMaxSize = vrwkv_ops::kMaxHeadSize;
 constexpr int kState = kMaxSize * kMaxSize;
+// The backward pass keeps the states before every chunk in short sequences, else those before every kSegment chunks.
+constexpr int kSegment = 4, kShort = 16;
 
 // Complete unrolling lets the compiler keep rows in registers.
 #define VRWKV_UNROLL _Pragma("GCC unroll 16")
@@ -153,11 +155,11 @@ VRWKV_FN Factor<T> transposed(const T (*x)[kMaxSize]) {
   return {x[0], 1, kMaxSize};
 }
 
-// Computes to = a b, plus scale from if `from` is given. Rows of `to`, `from` and b have kPitch elements. The numbers of rows and
-// columns are multiples of kTileRows and kColumns; `scale` has one factor for each row, or for each column.
-enum class Scale { kOfRows, kOfColumns };
+// Computes to = a b, plus from, times `scale` if that is given. Rows of `to`, `from` and b have kPitch elements. The numbers of
+// rows and columns are multiples of kTileRows and kColumns; `scale` has one factor for each row, or for each column.
+enum class Scale { kNone, kOfRows, kOfColumns };
 
-template <int kPitch, Scale of, typename T>
+template <int kPitch, Scale of = Scale::kNone, typename T>
 void multiply(T* to, const T* from, const T* scale, int rows, int columns, const Factor<T>& a, const T* b, int depth) {
   for (int column = 0; column < columns; column += kColumns)
     for (int row = 0; row < rows; row += kTileRows) {
@@ -174,17 +176,36 @@ void multiply(T* to, const T* from, const T* scale, int rows, int columns, const
       for (int i = 0; i < kTileRows; ++i) {
         // Added last: it takes one rounding then, not one for each n.
         if (from != nullptr) {
-          const auto row_of_from = Columns<T>::load(from + (row + i) * kPitch + column);
-          if (scale == nullptr) {
-            sum[i] = sum[i] + row_of_from;
-          } else {
-            sum[i] = sum[i].plus(row_of_from,
-                                 of == Scale::kOfRows ? Columns<T>::filled(scale[row + i]) : Columns<T>::load(scale + column));
-          }
+          const auto before = Columns<T>::load(from + (row + i) * kPitch + column);
+          if (of == Scale::kNone) sum[i] = sum[i] + before;
+          if (of == Scale::kOfRows) sum[i] = sum[i].plus(before, Columns<T>::filled(scale[row + i]));
+          if (of == Scale::kOfColumns) sum[i] = sum[i].plus(before, Columns<T>::load(scale + column));
         }
         sum[i].store(to + (row + i) * kPitch + column);
       }
     }
+}
+
+template <typename T>
+VRWKV_FN void transpose_block(T* to, int to_pitch, const T* from, int from_pitch) {
+  for (int i = 0; i < 4; ++i)
+    for (int j = 0; j < 4; ++j) to[j * to_pitch + i] = from[i * from_pitch + j];
+}
+
+#if defined(__x86_64__)
+VRWKV_FN void transpose_block(float* to, int to_pitch, const float* from, int from_pitch) {
+  __m128 row[4];
+  for (int i = 0; i < 4; ++i) row[i] = _mm_loadu_ps(from + i * from_pitch);
+  _MM_TRANSPOSE4_PS(row[0], row[1], row[2], row[3]);
+  for (int i = 0; i < 4; ++i) _mm_storeu_ps(to + i * to_pitch, row[i]);
+}
+#endif
+
+// The numbers of rows and columns are multiples of 4.
+template <int kToPitch, int kFromPitch, typename T>
+VRWKV_FN void transpose(T (*to)[kToPitch], const T (*from)[kFromPitch], int rows, int columns) {
+  for (int i = 0; i < rows; i += 4)
+    for (int j = 0; j < columns; j += 4) transpose_block(to[j] + i, kToPitch, from[i] + j, kFromPitch);
 }
 
 // --- A chunk of one head, in the accumulation type and without strides --------------------------
@@ -192,32 +213,40 @@ void multiply(T* to, const T* from, const T* scale, int rows, int columns, const
 template <typename T>
 using Tokens = T[kChunk][kMaxSize];
 
+// Of the tokens of a chunk, and of the whole chunk.
+template <typename T>
+struct Decays {
+  Tokens<T> rate, d;  // exp(w), exp(-exp(w))
+  T whole[kMaxSize];
+};
+
 // r, k, v and g are zero beyond the tokens of the sequence and the channels of the head.
 template <typename T>
 struct Chunk {
   Tokens<T> r, k, v, g;
-  Tokens<T> rate, d;        // exp(w), and the decay of a token
-  Tokens<T> before, after;  // of the tokens of the chunk before a token, or after it
-  T whole[kMaxSize];        // of all tokens of the chunk
-  int64_t begin, count;     // tokens
+  Tokens<T> before, after;  // decays of the tokens of the chunk before a token, or after it
+  Decays<T>* decays;
+  int64_t begin, count;  // tokens
 };
 
-// Copies tokens, and prefetches the chunk that comes `ahead` tokens later.
+// Copies the tokens of a chunk, and prefetches those that come `ahead` tokens later. Fills the rest of the chunk with zeros.
 template <typename T, typename scalar_t>
 VRWKV_FN void read(Tokens<T>& to, const View<scalar_t>& from, int64_t image, const Chunk<T>& chunk, int64_t channel,
                    int64_t size, int64_t tokens, int64_t ahead) {
+  const int64_t width = (size + kColumns - 1) / kColumns * kColumns;
   for (int64_t t = 0; t < chunk.count; ++t) {
     const scalar_t* row = from.row(image, chunk.begin + t, channel);
+    const int64_t next = chunk.begin + t + ahead;
     if (from.channel_stride == 1) {
       for (int64_t c = 0; c < size; ++c) to[t][c] = static_cast<T>(row[c]);
-      const int64_t next = chunk.begin + t + ahead;
-      if (next < 0 || next >= tokens) continue;
-      for (int64_t c = 0; c < size; c += 64 / sizeof(scalar_t)) __builtin_prefetch(row + ahead * from.token_stride + c);
+      for (int64_t c = 0; c < size && next >= 0 && next < tokens; c += 64 / sizeof(scalar_t))
+        __builtin_prefetch(row + ahead * from.token_stride + c);
     } else {
       for (int64_t c = 0; c < size; ++c) to[t][c] = static_cast<T>(row[c * from.channel_stride]);
     }
+    for (int64_t c = size; c < width; ++c) to[t][c] = T(0);
   }
-  for (int64_t t = chunk.count; t < kChunk; ++t) std::fill_n(to[t], size, T(0));
+  for (int64_t t = chunk.count; t < kChunk; ++t) std::fill_n(to[t], width, T(0));
 }
 
 // e^x for x up to 87 (double: 700), where it is still finite, and 0 below the negative bound.
@@ -229,44 +258,51 @@ VRWKV_FN T limited_exp(T x) {
   return x < -kBound ? T(0) : result;
 }
 
-// Replaces w by exp(w) in chunk.rate, and computes the decays.
+// Replaces w by exp(w) in `rate`, and computes the decays of `count` tokens.
 template <typename T>
-void set_decays(Chunk<T>& chunk, int width) {
-  for (int t = 0; t < chunk.count; ++t) {  // two loops: exponentials that follow each other are independent
+void set_decays(Decays<T>& decays, int64_t count, int width) {
+  for (int t = 0; t < count; ++t) {  // two loops: exponentials that follow each other are independent
     for (int column = 0; column < width; column += kColumns)
-      for (int j = 0; j < kColumns; ++j) chunk.rate[t][column + j] = limited_exp(chunk.rate[t][column + j]);
+      for (int j = 0; j < kColumns; ++j) decays.rate[t][column + j] = limited_exp(decays.rate[t][column + j]);
     for (int column = 0; column < width; column += kColumns)
-      for (int j = 0; j < kColumns; ++j) chunk.d[t][column + j] = limited_exp(-chunk.rate[t][column + j]);
+      for (int j = 0; j < kColumns; ++j) decays.d[t][column + j] = limited_exp(-decays.rate[t][column + j]);
   }
-  for (int t = static_cast<int>(chunk.count); t < kChunk; ++t) std::fill_n(chunk.d[t], width, T(1));
+  for (int t = static_cast<int>(count); t < kChunk; ++t) std::fill_n(decays.d[t], width, T(1));
   for (int column = 0; column < width; column += kColumns) {
-    auto product = Columns<T>::filled(T(1)), sum = Columns<T>::filled(T(0));
+    auto sum = Columns<T>::filled(T(0));
+    for (int t = 0; t < count; ++t) sum = sum + Columns<T>::load(decays.rate[t] + column);
+    sum.store(decays.whole + column);
+    for (int j = 0; j < kColumns; ++j) decays.whole[column + j] = limited_exp(-decays.whole[column + j]);
+  }
+}
+
+// Computes the decays before and after each token.
+template <typename T>
+void set_products(Chunk<T>& chunk, int width) {
+  for (int column = 0; column < width; column += kColumns) {
+    auto before = Columns<T>::filled(T(1)), after = before;
     for (int t = 0; t < kChunk; ++t) {
-      product.store(chunk.before[t] + column);
-      product = product * Columns<T>::load(chunk.d[t] + column);
-      sum = sum + Columns<T>::load(chunk.rate[t] + column);
+      before.store(chunk.before[t] + column);
+      before = before * Columns<T>::load(chunk.decays->d[t] + column);
     }
-    sum.store(chunk.whole + column);
-    for (int j = 0; j < kColumns; ++j) chunk.whole[column + j] = limited_exp(-chunk.whole[column + j]);
-    product = Columns<T>::filled(T(1));
     for (int t = kChunk - 1; t >= 0; --t) {
-      product.store(chunk.after[t] + column);
-      product = product * Columns<T>::load(chunk.d[t] + column);
+      after.store(chunk.after[t] + column);
+      after = after * Columns<T>::load(chunk.decays->d[t] + column);
     }
   }
 }
 
-// Reads chunk n; the next one is n + step.
+// Reads chunk n of r, k, v and w or gy (those that are given), and prefetches chunk `next`.
 template <typename T, typename scalar_t>
-void read(Chunk<T>& chunk, const Wkv6Inputs<scalar_t>& p, const View<scalar_t>* gy, int64_t image, int64_t head, int64_t n,
-          int64_t step, int width) {
+void read(Chunk<T>& chunk, const Wkv6Inputs<scalar_t>& p, const View<T>* w, const View<scalar_t>* gy, int64_t image,
+          int64_t head, int64_t n, int64_t next) {
   chunk.begin = n * kChunk, chunk.count = std::min<int64_t>(kChunk, p.tokens - chunk.begin);
   const auto read_one = [&](Tokens<T>& to, const auto& from) {
-    read(to, from, image, chunk, head * p.size, p.size, p.tokens, step * kChunk);
+    read(to, from, image, chunk, head * p.size, p.size, p.tokens, (next - n) * kChunk);
   };
-  read_one(chunk.r, p.r), read_one(chunk.k, p.k), read_one(chunk.v, p.v), read_one(chunk.rate, p.w);
+  read_one(chunk.r, p.r), read_one(chunk.k, p.k), read_one(chunk.v, p.v);
+  if (w != nullptr) read_one(chunk.decays->rate, *w);
   if (gy != nullptr) read_one(chunk.g, *gy);
-  set_decays(chunk, width);
 }
 
 template <typename T>
@@ -277,82 +313,75 @@ VRWKV_FN void product(Tokens<T>& to, const Tokens<T>& a, const Tokens<T>& b, int
 
 // --- Pairs of tokens of one chunk ---------------------------------------------------------------
 
-// The weights of the values of a chunk in its results: scores[t][i] = sum r_t E k_i, with the bonus u for t = i.
-template <bool causal, typename T>
-void find_scores(const Chunk<T>& chunk, const T* u, int width, T (*scores)[kChunk]) {
+template <typename T>
+struct Gradients {
+  Tokens<T> r, k, log_d;           // log_d: of the logarithms of the decays
+  Tokens<T> of_later, of_earlier;  // shares of log_d that each token leaves to all tokens before it, and after it
+  T across[kMaxSize];              // shares of log_d of pairs of tokens on both sides of the chunk
+  T v[kMaxSize][kChunk];           // transposed
+};
+
+// Computes the weights of the values of a chunk in its results: scores[t][i] = sum r_t E k_i, with the bonus u for t = i. Given
+// their gradients, adds those of r, k and the decays between the tokens to `sums`.
+template <bool causal, bool with_gradients, typename T>
+void find_scores(const Chunk<T>& chunk, const T* u, int width, T (*scores)[kChunk], const T (*gscores)[kChunk],
+                 Gradients<T>* sums) {
   using R = Lanes<T>;
+  const auto add = [](T* to, const R& x) { (R::load(to) + x).store(to); };
   for (int t = 0; t < kChunk; ++t) {
     R earlier[kChunk], later[kChunk], own[4];  // products of token t with tokens before it, in both roles
     for (R& x : earlier) x = R::filled(T(0));
     for (R& x : later) x = R::filled(T(0));
     for (R& x : own) x = R::filled(T(0));
     for (int c = 0; c < width; c += R::kLanes) {
-      R r = R::load(chunk.r[t] + c), k = R::load(chunk.k[t] + c);
-      own[0] = own[0].plus(r * R::load(u + c), k);
-      for (int i = t - 1; i >= 0; --i) {
-        const R d = R::load(chunk.d[i] + c);
-        earlier[i] = earlier[i].plus(r, R::load(chunk.k[i] + c));
-        r = r * d;
-        if (causal) continue;
-        later[i] = later[i].plus(k, R::load(chunk.r[i] + c));
-        k = k * d;
+      R r = R::load(chunk.r[t] + c), k = R::load(chunk.k[t] + c), e = R::filled(T(1));  // e: decay from token i to t
+      const R bonus = R::load(u + c);
+      own[0] = own[0].plus(r * bonus, k);
+      R gr, gk, pairs[kChunk];
+      if constexpr (with_gradients) {
+        const R scale = R::filled(gscores[t][t]) * bonus;
+        gr = R::load(sums->r[t] + c).plus(scale, k);
+        gk = R::load(sums->k[t] + c).plus(scale, r);
       }
-    }
-    T sums[kChunk];
-    sum_rows(sums, own, 1);
-    const T weight = sums[0];
-    sum_rows(scores[t], earlier, t);
-    scores[t][t] = weight;
-    for (int i = t + 1; i < kChunk; ++i) scores[t][i] = T(0);
-    if (causal) continue;
-    sum_rows(sums, later, t);
-    for (int i = 0; i < t; ++i) scores[i][t] = sums[i];
-  }
-}
-
-template <typename T>
-struct Gradients {
-  Tokens<T> r, k, log_d;
-  Tokens<T> of_later, of_earlier;  // shares of log_d that each token leaves to all tokens before it, and after it
-  T v[kMaxSize][kChunk];           // transposed
-};
-
-// Adds the gradients of r, k and of the logarithms of the decays between the tokens. gscores are the gradients of the scores,
-// which are computed too.
-template <bool causal, typename T>
-void add_pairs(const Chunk<T>& chunk, const T* u, int width, const T (*gscores)[kChunk], Gradients<T>& sums) {
-  using R = Lanes<T>;
-  for (int t = 0; t < kChunk; ++t) {
-    for (int c = 0; c < width; c += R::kLanes) {
-      const R r_t = R::load(chunk.r[t] + c), k_t = R::load(chunk.k[t] + c);
-      const R own = R::filled(gscores[t][t]) * R::load(u + c);
-      R gr = R::load(sums.r[t] + c).plus(own, k_t), gk = R::load(sums.k[t] + c).plus(own, r_t);
-      R e = R::filled(T(1)), r = r_t, k = k_t;  // the decay from token i to t, and r_t and k_t with it
-      R pairs[kChunk];
       for (int i = t - 1; i >= 0; --i) {
-        const R of_k = R::filled(gscores[t][i]), k_i = of_k * R::load(chunk.k[i] + c);
-        gr = gr.plus(e, k_i);
-        pairs[i] = r * k_i;
-        R::load(sums.k[i] + c).plus(of_k, r).store(sums.k[i] + c);
-        const R d = R::load(chunk.d[i] + c);
-        if (!causal) {
-          const R of_r = R::filled(gscores[i][t]), r_i = of_r * R::load(chunk.r[i] + c);
-          gk = gk.plus(e, r_i);
-          pairs[i] = pairs[i].plus(k, r_i);
-          R::load(sums.r[i] + c).plus(of_r, k).store(sums.r[i] + c);
-          k = k * d;
+        const R k_i = R::load(chunk.k[i] + c), d = R::load(chunk.decays->d[i] + c);
+        earlier[i] = earlier[i].plus(r, k_i);
+        if constexpr (with_gradients) {
+          const R scale = R::filled(gscores[t][i]), scaled = scale * k_i;
+          gr = gr.plus(e, scaled);
+          pairs[i] = r * scaled;
+          R::load(sums->k[i] + c).plus(scale, r).store(sums->k[i] + c);
         }
         r = r * d;
-        e = e * d;
+        if constexpr (!causal) {
+          const R r_i = R::load(chunk.r[i] + c);
+          later[i] = later[i].plus(k, r_i);
+          if constexpr (with_gradients) {
+            const R scale = R::filled(gscores[i][t]), scaled = scale * r_i;
+            gk = gk.plus(e, scaled);
+            pairs[i] = pairs[i].plus(k, scaled);
+            R::load(sums->r[i] + c).plus(scale, k).store(sums->r[i] + c);
+          }
+          k = k * d;
+        }
+        if constexpr (with_gradients) e = e * d;
       }
-      gr.store(sums.r[t] + c);
-      gk.store(sums.k[t] + c);
-      R passing = R::filled(T(0));  // pairs of token t and a token before token i
-      for (int i = 1; i < t; ++i) {
-        passing = passing + pairs[i - 1];
-        (R::load(sums.log_d[i] + c) + passing).store(sums.log_d[i] + c);
+      if constexpr (with_gradients) {
+        gr.store(sums->r[t] + c);
+        gk.store(sums->k[t] + c);
+        R passing = R::filled(T(0));  // pairs of token t and a token before token i
+        for (int i = 1; i < t; ++i) {
+          passing = passing + pairs[i - 1];
+          add(sums->log_d[i] + c, passing);
+        }
       }
     }
+    T of_later[kChunk], of_own[4];
+    sum_rows(scores[t], earlier, t);
+    sum_rows(of_later, later, t);
+    sum_rows(of_own, own, 1);
+    scores[t][t] = of_own[0];
+    for (int i = 0; i < t; ++i) scores[i][t] = of_later[i];  // zero for a causal operator
   }
 }
 
@@ -365,51 +394,65 @@ std::vector<T> padded_bonus(const T* u, int64_t head, int64_t size) {
   return padded;
 }
 
+// Copies tokens to a result, and prefetches its place for the chunk before.
 template <typename T, typename scalar_t>
 VRWKV_FN void write(scalar_t* to, int64_t channels, const T* from, int64_t count, int64_t size) {
-  for (int64_t t = 0; t < count; ++t)
-    for (int64_t c = 0; c < size; ++c) to[t * channels + c] = static_cast<scalar_t>(from[t * kMaxSize + c]);
+  for (int64_t t = 0; t < count; ++t) {
+    scalar_t* const row = to + t * channels;
+    for (int64_t c = 0; c < size; ++c) row[c] = static_cast<scalar_t>(from[t * kMaxSize + c]);
+    for (int64_t c = 0; c < size; c += 64 / sizeof(scalar_t)) __builtin_prefetch(row + c - kChunk * channels, 1);
+  }
 }
 
 template <bool causal, typename scalar_t>
 void forward(const Wkv6ForwardParams<scalar_t>& p, int64_t image, int64_t head, int64_t first, int64_t last) {
   using T = acc_type<scalar_t>;
-  const int64_t chunks = (p.tokens + kChunk - 1) / kChunk, channels = p.heads * p.size, kept = std::min(last, p.size) - first;
+  const int64_t chunks = (p.tokens + kChunk - 1) / kChunk, channels = p.heads * p.size, shown = std::min(last, p.size) - first;
   const int width = (p.size + kColumns - 1) / kColumns * kColumns, columns = last - first;
-  constexpr int kTile = kChunk * kMaxSize;
   struct Work {
     Chunk<T> chunk;
     Tokens<T> scaled;
     T state[kState], scores[kChunk][kChunk];
   };
-  const auto work = std::make_unique<Work>();
-  const std::unique_ptr<T[]> results(new T[(causal ? 1 : chunks) * kTile]);
+  struct Kept {  // of a chunk, for the way back
+    Tokens<T> y;
+    Decays<T> decays;
+  };
+  const std::unique_ptr<Work> work(new Work);
+  const std::unique_ptr<Kept[]> all_kept(new Kept[causal ? 1 : chunks]);
   Chunk<T>& chunk = work->chunk;
   Tokens<T>& scaled = work->scaled;
   T* const state = work->state;
   const auto u = padded_bonus(p.u, head, p.size);
   const auto visit = [&](const Tokens<T>& of_r, const Tokens<T>& of_k, T* y, bool is_last) {
     product(scaled, chunk.r, of_r, width);
-    multiply<kMaxSize, Scale::kOfRows, T>(y, y, nullptr, kChunk, columns, rows_of<T>(scaled), state, width);
+    multiply<kMaxSize>(y, y, y, kChunk, columns, rows_of(scaled), state, width);
     product(scaled, chunk.k, of_k, width);
-    multiply<kMaxSize, Scale::kOfRows, T>(state, state, chunk.whole, width, columns, transposed<T>(scaled), chunk.v[0] + first,
-                                          kChunk);
+    multiply<kMaxSize, Scale::kOfRows>(state, state, chunk.decays->whole, width, columns, transposed(scaled),
+                                       chunk.v[0] + first, kChunk);
     if (is_last)
-      write(p.y + (image * p.tokens + chunk.begin) * channels + head * p.size + first, channels, y, chunk.count, kept);
+      write(p.y + (image * p.tokens + chunk.begin) * channels + head * p.size + first, channels, y, chunk.count, shown);
   };
+  std::fill_n(state, kState, T(0));
   for (int64_t n = 0; n < chunks; ++n) {
-    read<T, scalar_t>(chunk, p, nullptr, image, head, n, 1, width);
-    find_scores<causal>(chunk, u.data(), width, work->scores);
-    T* const y = results.get() + (causal ? 0 : n * kTile);
-    multiply<kMaxSize, Scale::kOfRows, T>(y, nullptr, nullptr, kChunk, columns, {work->scores[0], kChunk, 1},
-                                          chunk.v[0] + first, kChunk);
-    visit(chunk.before, chunk.after, y, causal);
+    Kept& kept = all_kept[causal ? 0 : n];
+    chunk.decays = &kept.decays;
+    read<T, scalar_t>(chunk, p, &p.w, nullptr, image, head, n, n + 1);
+    set_decays(kept.decays, chunk.count, width);
+    set_products(chunk, width);
+    find_scores<causal, false, T>(chunk, u.data(), width, work->scores, nullptr, nullptr);
+    multiply<kMaxSize, Scale::kNone, T>(kept.y[0], nullptr, nullptr, kChunk, columns, {work->scores[0], kChunk, 1},
+                                        chunk.v[0] + first, kChunk);
+    visit(chunk.before, chunk.after, kept.y[0], causal);
   }
   if (causal) return;
   std::fill_n(state, kState, T(0));
   for (int64_t n = chunks - 1; n >= 0; --n) {
-    read<T, scalar_t>(chunk, p, nullptr, image, head, n, -1, width);
-    visit(chunk.after, chunk.before, results.get() + n * kTile, true);
+    Kept& kept = all_kept[n];
+    chunk.decays = &kept.decays;
+    read<T, scalar_t>(chunk, p, nullptr, nullptr, image, head, n, n - 1);
+    set_products(chunk, width);
+    visit(chunk.after, chunk.before, kept.y[0], true);
   }
 }
 
@@ -418,8 +461,8 @@ void wkv6_forward(const Wkv6ForwardParams<scalar_t>& p, int64_t image, int64_t h
   p.causal ? forward<true>(p, image, head, first, last) : forward<false>(p, image, head, first, last);
 }
 
-// Adds what a chunk gets through the states of one direction: `s` of values by keys before the chunk in this direction, `a`, of
-// output gradients by receptances, after it.
+// Adds the gradients of a chunk that come through the states of one direction: `s` of values by keys before the chunk in this
+// direction, `a` of output gradients by receptances after it. The direction that is not reversed comes first.
 template <bool reverse, typename T>
 void add_states(const Chunk<T>& chunk, int width, const T* s, const T* a, Tokens<T>& part, T (*turned)[kChunk],
                 Gradients<T>& sums) {
@@ -427,82 +470,67 @@ void add_states(const Chunk<T>& chunk, int width, const T* s, const T* a, Tokens
   const auto& of_k = reverse ? chunk.before : chunk.after;
   const auto add = [&](const Tokens<T>& g, const T* state, const Tokens<T>& decay, const Tokens<T>& x, Tokens<T>& sum,
                        Tokens<T>& left) {
-    multiply<kMaxSize, Scale::kOfRows, T>(part[0], nullptr, nullptr, kChunk, width, rows_of<T>(g), state, width);
+    multiply<kMaxSize, Scale::kNone, T>(part[0], nullptr, nullptr, kChunk, width, rows_of(g), state, width);
     for (int t = 0; t < kChunk; ++t)
       for (int c = 0; c < width; c += kColumns) {
         const auto scaled = Columns<T>::load(part[t] + c) * Columns<T>::load(decay[t] + c);
-        (Columns<T>::load(sum[t] + c) + scaled).store(sum[t] + c);
-        Columns<T>::load(left[t] + c).plus(Columns<T>::load(x[t] + c), scaled).store(left[t] + c);
+        const auto share = Columns<T>::load(x[t] + c) * scaled;
+        (reverse ? Columns<T>::load(sum[t] + c) + scaled : scaled).store(sum[t] + c);
+        (reverse ? Columns<T>::load(left[t] + c) + share : share).store(left[t] + c);
       }
   };
   add(chunk.g, s, of_r, chunk.r, sums.r, reverse ? sums.of_earlier : sums.of_later);
   add(chunk.v, a, of_k, chunk.k, sums.k, reverse ? sums.of_later : sums.of_earlier);
   product(part, chunk.k, of_k, width);
-  for (int t = 0; t < kChunk; ++t)
-    for (int c = 0; c < width; ++c) turned[c][t] = part[t][c];
-  multiply<kChunk, Scale::kOfRows, T>(sums.v[0], sums.v[0], nullptr, width, kChunk, {a, kMaxSize, 1}, turned[0], width);
+  transpose(turned, part, kChunk, width);
+  multiply<kChunk, Scale::kNone, T>(sums.v[0], reverse ? sums.v[0] : nullptr, nullptr, width, kChunk, {a, kMaxSize, 1},
+                                    turned[0], width);
   // Pairs of tokens on both sides of the chunk.
   for (int c = 0; c < width; c += kColumns) {
     auto sum = Columns<T>::filled(T(0));
     for (int j = 0; j < width; ++j)
       sum = sum.plus(Columns<T>::load(s + j * kMaxSize + c), Columns<T>::load(a + j * kMaxSize + c));
-    sum = sum * Columns<T>::load(chunk.whole + c);
-    for (int t = 0; t < kChunk; ++t) (Columns<T>::load(sums.log_d[t] + c) + sum).store(sums.log_d[t] + c);
+    sum = sum * Columns<T>::load(chunk.decays->whole + c);
+    (reverse ? Columns<T>::load(sums.across + c) + sum : sum).store(sums.across + c);
   }
 }
 
-template <bool causal, typename scalar_t>
-void backward(const Wkv6BackwardParams<scalar_t>& p, int64_t image, int64_t head) {
-  using T = acc_type<scalar_t>;
-  const int64_t chunks = (p.tokens + kChunk - 1) / kChunk, size = p.size, channels = p.heads * size;
-  const int width = (size + kColumns - 1) / kColumns * kColumns;
-  constexpr int kStates = causal ? 1 : 2;
-  struct Work {
-    Chunk<T> chunk;
-    Gradients<T> sums;
-    Tokens<T> part;
-    T turned[kMaxSize][kChunk], scores[kChunk][kChunk], gscores[kChunk][kChunk];
-    T s_after[kState], a_after[kState];
-    double gu[kMaxSize];
-  };
-  const auto storage = std::make_unique<Work>();
-  Work& work = *storage;
-  Chunk<T>& chunk = work.chunk;
-  Gradients<T>& sums = work.sums;
-  // States before each chunk: values by keys and, for the other direction, output gradients by receptances.
-  const std::unique_ptr<T[]> edges(new T[chunks * kStates * kState]);
-  std::fill_n(edges.get(), kStates * kState, T(0));
-  const auto u = padded_bonus(p.u, head, size);
-  // Moves a state of values by keys over the chunk.
-  const auto move = [&](T* to, const T* from, const Tokens<T>& values, const Tokens<T>& keys, const Tokens<T>& decay) {
-    product(work.part, keys, decay, width);
-    multiply<kMaxSize, Scale::kOfColumns, T>(to, from, chunk.whole, width, width, transposed<T>(values), work.part[0], kChunk);
-  };
-  for (int64_t n = 0; n + 1 < chunks; ++n) {
-    read<T, scalar_t>(chunk, p, causal ? nullptr : &p.gy, image, head, n, 1, width);
-    const T* const before = edges.get() + n * kStates * kState;
-    T* const after = edges.get() + (n + 1) * kStates * kState;
-    move(after, before, chunk.v, chunk.k, chunk.after);
-    if (!causal) move(after + kState, before + kState, chunk.g, chunk.r, chunk.after);
+// Memory of the backward pass of a head. The chunks of a segment are kept, with the states before them.
+template <bool causal, typename T>
+struct Backward {
+  static constexpr int kStates =
+      causal ? 1 : 2;  // values by keys and, for the other direction, output gradients by receptances
+  using States = T[kStates][kState];
+
+  Chunk<T> chunks[kSegment];
+  States states[kSegment];  // before chunks
+  T s_after[kState], a_after[kState];
+  Gradients<T> sums;
+  Tokens<T> part;
+  T turned[kMaxSize][kChunk], scores[kChunk][kChunk], gscores[kChunk][kChunk];
+  double gu[kMaxSize];
+
+  // Moves a state of values by keys over a chunk.
+  void move(T* to, const T* from, const Chunk<T>& chunk, const Tokens<T>& values, const Tokens<T>& keys, const Tokens<T>& decay,
+            int width) {
+    product(part, keys, decay, width);
+    multiply<kMaxSize, Scale::kOfColumns>(to, from, chunk.decays->whole, width, width, transposed(values), part[0], kChunk);
   }
-  for (int64_t n = chunks - 1; n >= 0; --n) {
-    read<T, scalar_t>(chunk, p, &p.gy, image, head, n, -1, width);
-    std::memset(&sums, 0, sizeof(sums));
-    // Scores, their gradients, and the gradients of the values.
-    find_scores<causal>(chunk, u.data(), width, work.scores);
-    for (int t = 0; t < kChunk; ++t)
-      for (int c = 0; c < width; ++c) work.turned[c][t] = chunk.v[t][c];
-    multiply<kChunk, Scale::kOfRows, T>(work.gscores[0], nullptr, nullptr, kChunk, kChunk, rows_of<T>(chunk.g), work.turned[0],
-                                        width);
-    multiply<kChunk, Scale::kOfRows, T>(sums.v[0], nullptr, nullptr, width, kChunk, transposed<T>(chunk.g), work.scores[0],
-                                        kChunk);
-    const T* const before = edges.get() + n * kStates * kState;
-    add_states<false>(chunk, width, before, work.a_after, work.part, work.turned, sums);
-    if (!causal) add_states<true>(chunk, width, work.s_after, before + kState, work.part, work.turned, sums);
+  void move(States& to, const States& from, const Chunk<T>& chunk, int width) {
+    move(to[0], from[0], chunk, chunk.v, chunk.k, chunk.after, width);
+    if constexpr (!causal) move(to[1], from[1], chunk, chunk.g, chunk.r, chunk.after, width);
+  }
+
+  // Computes the gradients of a chunk, in sums, and moves the states after it to before it.
+  void find_gradients(const Chunk<T>& chunk, const States& before, const T* u, int width) {
+    transpose(turned, chunk.v, kChunk, width);
+    multiply<kChunk, Scale::kNone, T>(gscores[0], nullptr, nullptr, kChunk, kChunk, rows_of(chunk.g), turned[0], width);
+    add_states<false>(chunk, width, before[0], a_after, part, turned, sums);
+    if constexpr (!causal) add_states<true>(chunk, width, s_after, before[1], part, turned, sums);
     for (int c = 0; c < width; c += kColumns) {
-      auto earlier = Columns<T>::filled(T(0)), later = earlier;
+      auto earlier = Columns<T>::load(sums.across + c), later = Columns<T>::filled(T(0));
       for (int t = 0; t < kChunk; ++t) {
-        (Columns<T>::load(sums.log_d[t] + c) + earlier).store(sums.log_d[t] + c);
+        earlier.store(sums.log_d[t] + c);
         earlier = earlier + Columns<T>::load(sums.of_earlier[t] + c);
       }
       for (int t = kChunk - 1; t >= 0; --t) {
@@ -510,25 +538,76 @@ void backward(const Wkv6BackwardParams<scalar_t>& p, int64_t image, int64_t head
         later = later + Columns<T>::load(sums.of_later[t] + c);
       }
     }
-    add_pairs<causal>(chunk, u.data(), width, work.gscores, sums);
-    move(work.a_after, work.a_after, chunk.g, chunk.r, chunk.before);
-    if (!causal) move(work.s_after, work.s_after, chunk.v, chunk.k, chunk.before);
-
-    const int64_t at = (image * p.tokens + chunk.begin) * channels + head * size;
-    write(p.gr + at, channels, sums.r[0], chunk.count, size);
-    write(p.gk + at, channels, sums.k[0], chunk.count, size);
-    T gu[kMaxSize] = {};
-    for (int t = 0; t < chunk.count; ++t) {
-      const int64_t row = at + t * channels;
-      for (int64_t c = 0; c < size; ++c) {
-        p.gv[row + c] = static_cast<scalar_t>(sums.v[c][t]);
-        p.gw[row + c] = -chunk.rate[t][c] * sums.log_d[t][c];
-        gu[c] += work.gscores[t][t] * chunk.r[t][c] * chunk.k[t][c];
-      }
-    }
-    for (int64_t c = 0; c < size; ++c) work.gu[c] += gu[c];
+    find_scores<causal, true>(chunk, u, width, scores, gscores, &sums);
+    multiply<kChunk>(sums.v[0], sums.v[0], sums.v[0], width, kChunk, transposed(chunk.g), scores[0], kChunk);
+    move(a_after, a_after, chunk, chunk.g, chunk.r, chunk.before, width);
+    if constexpr (!causal) move(s_after, s_after, chunk, chunk.v, chunk.k, chunk.before, width);
   }
-  for (int64_t c = 0; c < size; ++c) p.gu[image * channels + head * size + c] = static_cast<T>(work.gu[c]);
+};
+
+template <bool causal, typename scalar_t>
+void backward(const Wkv6BackwardParams<scalar_t>& p, int64_t image, int64_t head) {
+  using T = acc_type<scalar_t>;
+  using Work = Backward<causal, T>;
+  const int64_t chunks = (p.tokens + kChunk - 1) / kChunk, step = chunks <= kShort ? 1 : kSegment;
+  const int64_t segments = (chunks + step - 1) / step, size = p.size, channels = p.heads * size;
+  const int width = (size + kColumns - 1) / kColumns * kColumns;
+  const std::unique_ptr<Work> work(new Work);
+  const std::unique_ptr<Decays<T>[]> decays(new Decays<T>[chunks]);
+  const std::unique_ptr<typename Work::States[]> edges(new typename Work::States[segments]);  // before each segment
+  std::memset(edges[0], 0, sizeof(edges[0]));
+  std::fill_n(work->s_after, kState, T(0));
+  std::fill_n(work->a_after, kState, T(0));
+  std::fill_n(work->gu, kMaxSize, 0.);
+  const auto u = padded_bonus(p.u, head, size);
+  const auto read_chunk = [&](Chunk<T>& chunk, int64_t n, int64_t next, bool is_first) {
+    chunk.decays = &decays[n];
+    read<T, scalar_t>(chunk, p, is_first ? &p.w : nullptr, &p.gy, image, head, n, next);
+    if (is_first) set_decays(decays[n], chunk.count, width);
+    set_products(chunk, width);
+  };
+  const int64_t last_segment = (segments - 1) * step;
+  for (int64_t n = 0; n < last_segment; ++n) {
+    read_chunk(work->chunks[0], n, n + 1, true);
+    const auto& from = n % step == 0 ? edges[n / step] : work->states[0];
+    auto& to = (n + 1) % step == 0 ? edges[(n + 1) / step] : work->states[0];
+    work->move(to, from, work->chunks[0], width);
+  }
+  for (int64_t first = last_segment; first >= 0; first -= step) {
+    const int64_t last = std::min(first + step, chunks) - 1;
+    const typename Work::States* before[kSegment] = {&edges[first / step]};
+    for (int64_t n = first; n <= last; ++n) {
+      const int64_t i = n - first;
+      read_chunk(work->chunks[i], n, n < last ? n + 1 : first - step, first == last_segment);
+      if (n == last) continue;
+      work->move(work->states[i], *before[i], work->chunks[i], width);
+      before[i + 1] = &work->states[i];
+    }
+    for (int64_t n = last; n >= first; --n) {
+      const Chunk<T>& chunk = work->chunks[n - first];
+      Gradients<T>& sums = work->sums;
+      work->find_gradients(chunk, *before[n - first], u.data(), width);
+      const int64_t at = (image * p.tokens + chunk.begin) * channels + head * size;
+      write(p.gr + at, channels, sums.r[0], chunk.count, size);
+      write(p.gk + at, channels, sums.k[0], chunk.count, size);
+      transpose(work->part, sums.v, width, kChunk);
+      write(p.gv + at, channels, work->part[0], chunk.count, size);
+      for (int c = 0; c < width; c += kColumns) {
+        auto gu = Columns<T>::filled(T(0));
+        for (int t = 0; t < chunk.count; ++t) {
+          const auto rate = Columns<T>::filled(T(-1)) * Columns<T>::load(chunk.decays->rate[t] + c);
+          (rate * Columns<T>::load(sums.log_d[t] + c)).store(sums.log_d[t] + c);
+          const auto rk = Columns<T>::load(chunk.r[t] + c) * Columns<T>::load(chunk.k[t] + c);
+          gu = gu.plus(Columns<T>::filled(work->gscores[t][t]), rk);
+        }
+        T lanes[kColumns];
+        gu.store(lanes);
+        for (int j = 0; j < kColumns; ++j) work->gu[c + j] += lanes[j];
+      }
+      write(p.gw + at, channels, sums.log_d[0], chunk.count, size);
+    }
+  }
+  for (int64_t c = 0; c < size; ++c) p.gu[image * channels + head * size + c] = static_cast<T>(work->gu[c]);
 }
 
 template <typename scalar_t>
