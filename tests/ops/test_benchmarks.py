@@ -65,9 +65,10 @@ def run(operators, capsys, folder, *args):
 
 
 def test_deformable_attention_beside_that_of_mmcv(modules, tmp_path, capsys, monkeypatch):
-    status, content, _ = run(modules[1], capsys, tmp_path, '--deformable')
+    status, content, _ = run(modules[1], capsys, tmp_path, '--deformable', '--channels', '24')
     errors = {row['kernel']: row['error'] for row in content['rows']}
     assert status == 0 and errors['ms_deform_attn'] < 1e-5 > errors['mmcv_deform_attn']
+    assert errors['bi_wkv6'] < 1e-5  # 3 heads of 8 channels
     wrong = modules[1].ms_deform_attn
     monkeypatch.setattr(modules[1], 'ms_deform_attn', lambda *args: 1.0001 * wrong(*args))
     status, _, printed = run(modules[1], capsys, tmp_path, '--deformable')

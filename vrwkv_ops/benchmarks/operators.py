@@ -25,6 +25,7 @@ from torch import Tensor
 
 from vrwkv_ops import (
     bi_wkv,
+    bi_wkv6,
     deform,
     ms_deform_attn,
     pointwise,
@@ -33,6 +34,7 @@ from vrwkv_ops import (
     sigmoid_gate,
     squared_relu,
     token_shift,
+    wkv6,
 )
 from vrwkv_ops.benchmarking import (
     DTYPES,
@@ -45,11 +47,12 @@ from vrwkv_ops.benchmarking import (
     time_calls,
     write_json,
 )
+from vrwkv_ops.checks import MAX_HEAD
 
 PATCH = 16
 OURS = {
     *('bi_wkv', 'token_shift', 'sigmoid_gate', 'squared_relu', 'attention', 'exp'),
-    *('ms_deform_attn', 'mmcv_deform_attn'),
+    *('bi_wkv6', 'ms_deform_attn', 'mmcv_deform_attn'),
 }
 PATIENCE = 5.0  # seconds that a call may take to be measured more than once
 
@@ -207,6 +210,19 @@ def make_kernels(
             None,
             [heads[2]],
         )
+        size_of_head = channels // args.heads
+        if size_of_head % 8 == 0 and size_of_head <= MAX_HEAD:
+            # Decays as at the start of a training.
+            decays = (uniform(batch, tokens, channels, limit=2.5) - 3.5).float()
+            inputs = [k, v / 2, v, decays, uniform(args.heads, size_of_head).float()]
+            wide = [x.double() for x in inputs]
+            kernels['bi_wkv6'] = Kernel(
+                bi_wkv6,
+                inputs,
+                ((4 * size + 4) * count, (4 * size + 4 + 7 * size + 8) * count),
+                [wkv6.forward(*wide, False), *wkv6.backward(gy.double(), *wide, False)],
+                [gy],
+            )
     kernels['exp'] = Kernel(torch.exp, [k], (2 * size * count, 5 * size * count), None, [gy])
     return kernels
 
@@ -391,7 +407,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument('--channels', type=positive_int, default=192, help='C (default: 192)')
     parser.add_argument(
-        '--heads', type=int, default=3, help='of the attention; 0: leave it out (default: 3)'
+        '--heads',
+        type=int,
+        default=3,
+        help='of the attention, and of Bi-WKV6 if each has 8 to 64 channels in steps of 8; '
+        '0: leave both out (default: 3)',
     )
     parser.add_argument(
         '--deformable',
