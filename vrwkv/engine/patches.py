@@ -11,6 +11,7 @@ import io
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cache, wraps
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
@@ -114,7 +115,9 @@ def prepare_configs_once() -> None:
     """
     from mmengine.config import config, utils
 
-    format_code = config.FormatCode
+    # onedl-mmengine imports yapf's function where it calls it.
+    owner = config if hasattr(config, 'FormatCode') else import_module('yapf.yapflib.yapf_api')
+    format_code = owner.FormatCode
     formatted: dict[str, tuple[str, bool]] = {}
 
     def format_once(text: str, **kwargs: Any) -> tuple[str, bool]:
@@ -123,7 +126,7 @@ def prepare_configs_once() -> None:
             formatted[text] = format_code(text, **kwargs)
         return formatted[text]
 
-    config.FormatCode = format_once
+    owner.FormatCode = format_once
     utils.load = cache(utils.load)
 
 
