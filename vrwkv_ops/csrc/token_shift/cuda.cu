@@ -1,5 +1,7 @@
 // Token shifts on CUDA. A thread takes 16 bytes of neighbouring channels if groups, strides and addresses allow it, else one
 // channel.
+#include <limits>
+
 #include "../common/cuda_launch.h"
 #include "../operators.h"
 #include "host.h"
@@ -16,26 +18,52 @@ using vrwkv_ops::TokenShiftBackwardParams;
 using vrwkv_ops::TokenShiftForwardParams;
 using vrwkv_ops::View;
 
-template <typename scalar_t>
-__global__ void __launch_bounds__(kBlockThreads)
-    q_shift_kernel(const View<scalar_t> x, scalar_t* __restrict__ out, int64_t count, int64_t channels,
-                   const ShiftGeometry geometry, bool reverse) {
-  for (int64_t i = first_item(); i < count; i += item_stride()) {
-    const int64_t c = i % channels, row = i / channels;
-    const int64_t b = row / geometry.tokens(), source = geometry.neighbour(row % geometry.tokens(), geometry.group(c), reverse);
-    out[i] = source < 0 ? scalar_t(0) : *x.row(b, source, c);
+// A block of threads takes neighbouring tokens of one row of one grid; no thread divides 64-bit numbers. With `packs` vectors of
+// channels, a token takes as many threads.
+__host__ __device__ constexpr int64_t tokens_of_block(int64_t packs) {
+  return packs < kBlockThreads ? kBlockThreads / static_cast<int>(packs) : 1;
+}
+
+dim3 grid_of(const ShiftGeometry& geometry, int64_t batch, int64_t packs) {
+  const int64_t rows = batch * geometry.height, columns = ceil_div(geometry.width, tokens_of_block(packs));
+  TORCH_CHECK(rows <= std::numeric_limits<int32_t>::max(), "token shift: expected B * height below 2^31 on CUDA, got ", rows);
+  return dim3(static_cast<unsigned>(rows), static_cast<unsigned>(std::min<int64_t>(columns, 65535)));
+}
+
+// Calls body(image, token, token that is taken or -1, first channel) for the tokens and vectors of channels of this thread.
+template <int kLanes, typename Body>
+__device__ void for_each_place(const ShiftGeometry& geometry, int64_t channels, bool reverse, const Body& body) {
+  const auto packs = static_cast<unsigned>(channels / kLanes);
+  const unsigned place = threadIdx.x / packs;
+  const int64_t step = tokens_of_block(packs);
+  if (place >= step) return;
+  const unsigned image = blockIdx.x / static_cast<unsigned>(geometry.height);
+  const int64_t row = blockIdx.x % static_cast<unsigned>(geometry.height);
+  for (unsigned pack = threadIdx.x % packs; pack < packs; pack += kBlockThreads) {
+    const int64_t c = static_cast<int64_t>(pack) * kLanes;
+    const int group = geometry.group(c);
+    for (int64_t column = blockIdx.y * step + place; column < geometry.width; column += gridDim.y * step)
+      body(image, row * geometry.width + column, geometry.neighbour(row, column, group, reverse), c);
   }
 }
 
+template <int kLanes, typename scalar_t>
+__global__ void __launch_bounds__(kBlockThreads)
+    q_shift_kernel(const __grid_constant__ View<scalar_t> x, scalar_t* out, int64_t channels,
+                   const __grid_constant__ ShiftGeometry geometry, bool reverse) {
+  for_each_place<kLanes>(geometry, channels, reverse, [&](int64_t image, int64_t t, int64_t from, int64_t c) {
+    vrwkv::Pack<scalar_t, kLanes> pack{};
+    if (from >= 0) pack = *reinterpret_cast<const vrwkv::Pack<scalar_t, kLanes>*>(x.row(image, from, c));
+    *reinterpret_cast<vrwkv::Pack<scalar_t, kLanes>*>(out + (image * geometry.tokens() + t) * channels + c) = pack;
+  });
+}
+
 template <int kMixes, int kLanes, typename scalar_t>
-__global__ void __launch_bounds__(kBlockThreads) shift_forward_kernel(const TokenShiftForwardParams<scalar_t> p) {
-  const int64_t blocks = p.channels / kLanes, count = p.batch * p.geometry.tokens() * blocks;
-  for (int64_t i = first_item(); i < count; i += item_stride()) {
-    const int64_t c = i % blocks * kLanes, row = i / blocks;
-    const int64_t b = row / p.geometry.tokens(), t = row % p.geometry.tokens();
-    const int64_t from = p.geometry.neighbour(t, p.geometry.group(c), false);
-    vrwkv::shift_forward<kMixes, kLanes>(p, b, t, from, c);
-  }
+__global__ void __launch_bounds__(kBlockThreads)
+    shift_forward_kernel(const __grid_constant__ TokenShiftForwardParams<scalar_t> p) {
+  for_each_place<kLanes>(p.geometry, p.channels, false, [&](int64_t image, int64_t t, int64_t from, int64_t c) {
+    vrwkv::shift_forward<kMixes, kLanes>(p, image, t, from, c);
+  });
 }
 
 // A block of threads covers kColumns vectors of channels and kRows tokens, and loops over pieces of rows. Each thread sums the
@@ -85,12 +113,17 @@ bool is_packed(const View<scalar_t>& x) {
 }
 
 // Whether every vector of 16 bytes lies in one group of channels and is aligned.
+template <typename scalar_t>
+bool is_packed(const View<scalar_t>& x, const ShiftGeometry& geometry) {
+  constexpr int kLanes = kPackLanes<scalar_t>;
+  bool whole = geometry.head % kLanes == 0 && is_packed(x);
+  for (const int64_t end : geometry.end) whole = whole && end % kLanes == 0;
+  return whole;
+}
+
 template <typename P>
 bool is_packed(const P& p) {
-  constexpr int kLanes = kPackLanes<typename P::scalar_type>;
-  bool whole = p.geometry.head % kLanes == 0 && is_packed(p.x) && is_aligned(p.mixes, kLanes * sizeof(*p.mixes));
-  for (const int64_t end : p.geometry.end) whole = whole && end % kLanes == 0;
-  return whole;
+  return is_packed(p.x, p.geometry) && is_aligned(p.mixes, kPackLanes<typename P::scalar_type> * sizeof(*p.mixes));
 }
 
 struct CudaBackend {
@@ -111,8 +144,8 @@ struct CudaBackend {
  private:
   template <int kMixes, int kLanes, typename scalar_t>
   static void launch(const TokenShiftForwardParams<scalar_t>& p) {
-    const int64_t threads = p.batch * p.geometry.tokens() * (p.channels / kLanes);
-    shift_forward_kernel<kMixes, kLanes><<<blocks_for(threads), kBlockThreads, 0, at::cuda::getCurrentCUDAStream()>>>(p);
+    const dim3 grid = grid_of(p.geometry, p.batch, p.channels / kLanes);
+    shift_forward_kernel<kMixes, kLanes><<<grid, kBlockThreads, 0, at::cuda::getCurrentCUDAStream()>>>(p);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
 
@@ -136,9 +169,20 @@ at::Tensor q_shift(const at::Tensor& x, int64_t height, int64_t width, int64_t s
   const at::Tensor out = at::empty(x.sizes(), x.options());
   if (x.numel() == 0) return out;
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "q_shift", [&] {
-    q_shift_kernel<scalar_t><<<blocks_for(x.numel()), kBlockThreads, 0, at::cuda::getCurrentCUDAStream()>>>(
-        vrwkv_ops::view<scalar_t>(x), out.mutable_data_ptr<scalar_t>(), x.numel(), x.size(2), geometry, reverse);
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    const auto source = vrwkv_ops::view<scalar_t>(x);
+    scalar_t* const to = out.mutable_data_ptr<scalar_t>();
+    const auto launch = [&](auto lanes) {
+      constexpr int kLanes = decltype(lanes)::value;
+      const dim3 grid = grid_of(geometry, x.size(0), x.size(2) / kLanes);
+      const auto stream = at::cuda::getCurrentCUDAStream();
+      q_shift_kernel<kLanes><<<grid, kBlockThreads, 0, stream>>>(source, to, x.size(2), geometry, reverse);
+      C10_CUDA_KERNEL_LAUNCH_CHECK();
+    };
+    if (is_packed(source, geometry) && is_aligned(to)) {
+      launch(std::integral_constant<int, kPackLanes<scalar_t>>());
+    } else {
+      launch(std::integral_constant<int, 1>());
+    }
   });
   return out;
 }

@@ -16,15 +16,20 @@ struct ShiftGeometry {
 
   VRWKV_FN int64_t tokens() const { return height * width; }
   VRWKV_FN int group(int64_t c) const {
-    c %= head;
-    return (c >= end[0]) + (c >= end[1]) + (c >= end[2]) + (c >= end[3]);
+    const int64_t in_head = static_cast<uint32_t>(c) % static_cast<uint32_t>(head);  // 64 bits take many times longer on a GPU
+    return (in_head >= end[0]) + (in_head >= end[1]) + (in_head >= end[2]) + (in_head >= end[3]);
   }
   // Returns the token that token t takes from, or that it gives to if `reverse`; -1 if that is outside the grid.
   VRWKV_FN int64_t neighbour(int64_t t, int group, bool reverse) const {
+    return neighbour(t / width, t % width, group, reverse);
+  }
+  // The same for the token in a row and column of the grid.
+  VRWKV_FN int64_t neighbour(int64_t row, int64_t column, int group, bool reverse) const {
+    const int64_t t = row * width + column;
     if (group == 4) return t;
     const bool vertical = group >= 2;
     const int64_t by = (group % 2 == 0) == reverse ? step : -step;
-    const int64_t place = (vertical ? t / width : t % width) + by;
+    const int64_t place = (vertical ? row : column) + by;
     return place >= 0 && place < (vertical ? height : width) ? t + by * (vertical ? width : 1) : -1;
   }
   struct Neighbours {
