@@ -18,7 +18,7 @@ def RUN_CUDA(*args: Tensor | int) -> Tensor:  # noqa: N802
             divided by T already; ``k`` and ``v`` have shape (B, T, C).
 
     Returns:
-        A tensor of the shape of ``k``. As upstream's, it has the dtype of ``k``.
+        A tensor of the shape of ``k``, with the wider dtype of ``k`` and ``v``.
 
     Raises:
         TypeError: If the number or the type of arguments does not fit.
