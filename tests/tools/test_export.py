@@ -332,7 +332,9 @@ def test_other_tools(name, digits, tmp_path, load_script, capsys):
     out = tmp_path / f'model{suffix}'
     arguments = [str(digits / 'digits.py'), str(digits / 'model.pth'), str(out)]
     load_script(f'tools/deployment/{name}.py').main(arguments)
-    assert 'differs from PyTorch by' in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert 'differs from PyTorch by' in printed
+    assert f'{sum(path.stat().st_size for path in tmp_path.iterdir()) / 1e6:.1f} MB' in printed
     run, metadata = load_exported(out)
     assert metadata['classes'][3] == 'digit 3'
     assert run(np.zeros((1, 3, 32, 32), np.float32))[0].shape == (1, 10)
