@@ -60,7 +60,10 @@ def load_exported(path: str | os.PathLike) -> tuple[Runner, dict[str, Any]]:
 def _load_onnx(path: Path) -> tuple[Runner, dict[str, Any]]:
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(os.fspath(path), providers=['CPUExecutionProvider'])
+    options = onnxruntime.SessionOptions()
+    # Threads that wait in a loop would slow everything else in the process down.
+    options.add_session_config_entry('session.intra_op.allow_spinning', '0')
+    session = onnxruntime.InferenceSession(os.fspath(path), options, ['CPUExecutionProvider'])
     name = session.get_inputs()[0].name
     facts = session.get_modelmeta().custom_metadata_map.get('vrwkv', '{}')
     return lambda images: session.run(None, {name: images}), json.loads(facts)
