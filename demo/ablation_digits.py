@@ -8,7 +8,6 @@ checkpoint.
 from __future__ import annotations
 
 import json
-import shutil
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from demo_tools import ROOT, make_parser, measure, train, write_config
 from mmengine.config import Config
 from PIL import Image
 
+from vrwkv._files import new_folder
 from vrwkv.analysis.drawing import COLOURS, picture
 from vrwkv.analysis.report import write_results
 from vrwkv_cls.datasets import write_digits
@@ -72,21 +72,19 @@ def scatter(digits: Path, out: Path) -> Path:
                 f'{out} exists and holds {found} digits, not {count}: remove it, and run this again'
             )
         return out
-    part = out.with_name(out.name + '.part')
-    shutil.rmtree(part, ignore_errors=True)
-    for split, places in PLACES.items():
-        rng = np.random.default_rng(tuple(split.encode()))
-        for path in sources[split]:
-            folder = part / split / path.parent.name
-            folder.mkdir(parents=True, exist_ok=True)
-            digit = Image.open(path)
-            for place in range(places):
-                side = int(rng.integers(SIDES[0], SIDES[1] + 1))
-                corner = tuple(int(n) for n in rng.integers(0, CANVAS - side + 1, 2))
-                image = Image.new('L', (CANVAS, CANVAS))
-                image.paste(digit.resize((side, side), Image.Resampling.BICUBIC), corner)
-                image.save(folder / f'{path.stem}-{place}.png')
-    part.replace(out)
+    with new_folder(out) as part:
+        for split, places in PLACES.items():
+            rng = np.random.default_rng(tuple(split.encode()))
+            for path in sources[split]:
+                folder = part / split / path.parent.name
+                folder.mkdir(parents=True, exist_ok=True)
+                digit = Image.open(path)
+                for place in range(places):
+                    side = int(rng.integers(SIDES[0], SIDES[1] + 1))
+                    corner = tuple(int(n) for n in rng.integers(0, CANVAS - side + 1, 2))
+                    image = Image.new('L', (CANVAS, CANVAS))
+                    image.paste(digit.resize((side, side), Image.Resampling.BICUBIC), corner)
+                    image.save(folder / f'{path.stem}-{place}.png')
     return out
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +18,8 @@ from PIL import Image
 from scipy.ndimage import binary_dilation
 from sklearn.datasets import load_digits, load_sample_images
 from sklearn.model_selection import train_test_split
+
+from vrwkv._files import new_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 DIGITS = tuple(map(str, range(10)))
@@ -253,12 +254,10 @@ def _write(
                 'another folder'
             )
         return root
-    part = root.with_name(root.name + '.part')
-    shutil.rmtree(part, ignore_errors=True)
-    for split, count in counts.items():
-        write(part, split, scenes(split, count, **settings))
-    (part / stamp.name).write_text(facts)
-    part.replace(root)
+    with new_folder(root) as part:
+        for split, count in counts.items():
+            write(part, split, scenes(split, count, **settings))
+        (part / stamp.name).write_text(facts)
     return root
 
 

@@ -1,7 +1,9 @@
-"""Writing files that are complete or absent."""
+"""Writing files and folders that are complete or absent."""
 
 import os
-from contextlib import suppress
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -34,3 +36,32 @@ def write_atomically(path: str | os.PathLike, data: bytes) -> None:
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
+
+
+@contextmanager
+def new_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """Give a folder to fill, which gets its name when the block ends without an error.
+
+    Until then it is ``<name>.part``; a later call replaces the folder of a killed process.
+
+    Args:
+        path: The folder.
+
+    Yields:
+        The folder to fill.
+
+    Raises:
+        FileExistsError: If ``path`` exists.
+    """
+    path = Path(path)
+    if path.exists():
+        raise FileExistsError(f'{path} exists: remove it, or name another folder')
+    part = path.with_name(f'{path.name}.part')
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    part.replace(path)

@@ -12,9 +12,11 @@ from collections import Counter
 from pathlib import Path
 from xml.etree import ElementTree
 
-from conversion import new_folder, run, write_coco
+from conversion import run, write_coco
 from mmengine.utils import track_iter_progress
 from PIL import Image
+
+from vrwkv._files import new_folder
 
 CLASSES = ('RBC', 'WBC', 'Platelets')
 

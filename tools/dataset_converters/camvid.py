@@ -12,9 +12,11 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-from conversion import new_folder, run
+from conversion import run
 from mmengine.utils import track_iter_progress
 from PIL import Image
+
+from vrwkv._files import new_folder
 
 VOID, IGNORED, CLASSES = 11, 255, 11
 

@@ -14,10 +14,12 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-from conversion import new_folder, run, write_coco
+from conversion import run, write_coco
 from mmengine.utils import track_iter_progress
 from PIL import Image
 from pycocotools import mask as coco_mask
+
+from vrwkv._files import new_folder
 
 
 def convert(src: Path, dst: Path) -> None:

@@ -1,34 +1,12 @@
-"""Functions that the converters share: write a folder whole or not at all, write COCO's format."""
+"""What the converters share: their command line, and COCO's format."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-
-
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """Give a folder to fill, which gets its name when the block ends without an error.
-
-    Raises:
-        FileExistsError: If ``path`` exists.
-    """
-    if path.exists():
-        raise FileExistsError(f'{path} exists: remove it, or name another folder')
-    part = path.with_name(path.name + '.part')
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
-        yield part
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
-    part.replace(path)
 
 
 def write_coco(path: Path, classes: list[dict], images: list[dict], objects: list[dict]) -> None:

@@ -63,9 +63,11 @@ def run(export: Callable[..., Export], args: argparse.Namespace, **kwargs: objec
     for shape, difference in result.errors.items():
         size = ' x '.join(map(str, shape))
         print(f'{size}: differs from PyTorch by {difference:.1e} of the largest output')
-    files = {result.path, result.path.with_suffix('.bin')}  # OpenVINO's weights lie in the latter
-    size = sum(file.stat().st_size for file in files if file.is_file()) / 1e6
-    print(f'{result.path}, {size:.1f} MB, form {result.form}')
+    files = [result.path]
+    if result.path.suffix == '.xml':  # OpenVINO keeps the weights beside it
+        files.append(result.path.with_suffix('.bin'))
+    megabytes = sum(file.stat().st_size for file in files) / 1e6
+    print(f'{result.path}, {megabytes:.1f} MB, form {result.form}')
     return result
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from vrwkv._files import new_folder
 
 NUM_IMAGES = 1797
 HELD_OUT = 1 / 5
@@ -54,15 +55,13 @@ def write_digits(root: str | os.PathLike, size: int = 32) -> Path:
     train, val = train_test_split(
         np.arange(len(labels)), test_size=HELD_OUT, stratify=labels, random_state=0
     )
-    part = root.with_name(root.name + '.part')
-    shutil.rmtree(part, ignore_errors=True)
-    for split, indices in (('train', train), ('val', val)):
-        for index in indices:
-            folder = part / split / str(labels[index])
-            folder.mkdir(parents=True, exist_ok=True)
-            # Grey levels are 0 to 16.
-            image = Image.fromarray(np.round(images[index] * (255 / 16)).astype(np.uint8))
-            image = image.resize((size, size), Image.Resampling.BICUBIC)
-            image.save(folder / f'{index:04d}.png')
-    part.replace(root)
+    with new_folder(root) as part:
+        for split, indices in (('train', train), ('val', val)):
+            for index in indices:
+                folder = part / split / str(labels[index])
+                folder.mkdir(parents=True, exist_ok=True)
+                # Grey levels are 0 to 16.
+                image = Image.fromarray(np.round(images[index] * (255 / 16)).astype(np.uint8))
+                image = image.resize((size, size), Image.Resampling.BICUBIC)
+                image.save(folder / f'{index:04d}.png')
     return root
