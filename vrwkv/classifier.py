@@ -288,17 +288,15 @@ class VisionRWKV(
         taken = self._layer_indices(indices)
         normalise = backbone.ln1 or nn.Identity()
         x, resolution = backbone.embed(x)
-
-        def to_map(tokens: Tensor) -> Tensor:
-            return tokens.transpose(1, 2).unflatten(2, resolution).contiguous()
-
         outputs = []
         for index, layer in enumerate(backbone.layers[: taken[-1] + 1 if stop_early else None]):
             x = layer(x, resolution)
             if index in taken:
                 y = normalise(x) if norm else x
-                outputs.append(to_map(y) if output_fmt == 'NCHW' else y)
-        return outputs if intermediates_only else (to_map(normalise(x)), outputs)
+                outputs.append(backbone.to_map(y, resolution) if output_fmt == 'NCHW' else y)
+        if intermediates_only:
+            return outputs
+        return backbone.to_map(normalise(x), resolution), outputs
 
     def prune_intermediate_layers(
         self,

@@ -400,9 +400,7 @@ def adapt_channels(weight: Tensor, channels: int) -> Tensor:
 def _load_head(head: nn.Module, weights: dict[str, Tensor]) -> None:
     """Load a head; its last layer keeps its values if the number of classes differs."""
     own = head.state_dict()
-    last = [
-        name for name in own if own[name].data_ptr() in map(Tensor.data_ptr, head.last.parameters())
-    ]
+    last = [name for name in own if name.startswith(f'{head.last_name}.')]
     if not weights:
         warnings.warn('the weights have no head: the head stays random', stacklevel=5)
         return

@@ -182,3 +182,8 @@ def has_kernels(backend: Backend) -> bool:
 def is_quick(backend: Backend) -> bool:
     """Whether a backend may be called hundreds of times."""
     return 'interpreted' not in backend.name
+
+
+def is_quick_kernel(backend: Backend) -> bool:
+    """Whether a backend has kernels and may be called hundreds of times."""
+    return has_kernels(backend) and is_quick(backend)

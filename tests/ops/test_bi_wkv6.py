@@ -8,7 +8,7 @@ import torch
 from vrwkv_ops import bi_wkv6
 from vrwkv_ops.reference import bi_wkv6_reference
 
-from .backends import has_kernels, is_quick, on
+from .backends import is_quick, is_quick_kernel, on
 from .dense_bi_wkv6 import dense_bi_wkv6
 
 GOLDEN = Path(__file__).parents[1] / 'data/golden/wkv6_operator.pt'
@@ -37,10 +37,6 @@ def run_on(backend, inputs, gy, **options):
     """The same on a backend's device."""
     inputs, gy = [x.to(backend.device) for x in inputs], gy.to(backend.device)
     return [x.cpu() for x in run(backend.function('bi_wkv6'), inputs, gy, **options)]
-
-
-def is_quick_kernel(backend):
-    return has_kernels(backend) and is_quick(backend)
 
 
 def errors(results, truth):

@@ -9,7 +9,7 @@ import torch
 
 from vrwkv_ops import backends
 
-from .backends import BACKENDS, has_kernels, is_quick, on
+from .backends import BACKENDS, has_kernels, is_quick, is_quick_kernel, on
 from .operators import DTYPES, HALF, OPERATORS, as_list
 
 operators = pytest.mark.parametrize('operator', OPERATORS.values(), ids=OPERATORS)
@@ -81,10 +81,6 @@ def test_gradcheck(backend, operator):
     assert torch.autograd.gradcheck(function, inputs)
     if operator.is_linear:
         assert torch.autograd.gradgradcheck(function, inputs)
-
-
-def is_quick_kernel(backend):
-    return has_kernels(backend) and is_quick(backend)
 
 
 @on(only=is_quick_kernel)
@@ -180,7 +176,7 @@ def test_strides_do_not_matter(backend, operator):
                     torch.testing.assert_close(got, want, rtol=rtol, atol=1e-5)
 
 
-@on(only=is_quick)
+@on()
 @operators
 def test_expanded_inputs(backend, operator):
     """Broadcast inputs, and gradients of ``y.sum().backward()``: strides of 0."""

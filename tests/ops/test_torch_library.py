@@ -7,7 +7,7 @@ from torch.library import opcheck
 
 from vrwkv_ops import bi_wkv, q_shift
 
-from .backends import has_kernels, is_quick, on
+from .backends import is_quick, is_quick_kernel, on
 from .operators import DTYPES
 
 devices = pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=pytest.mark.cuda)])
@@ -71,7 +71,7 @@ MODES = {
 
 
 def is_compiled(backend):
-    return has_kernels(backend) and is_quick(backend) and backend.name != 'pytorch'
+    return is_quick_kernel(backend) and backend.name != 'pytorch'
 
 
 @on(only=is_compiled)

@@ -136,9 +136,14 @@ class PlainBackbone(nn.Module):
             if i == self.depth - 1 and self.ln1 is not None:
                 x = self.ln1(x)
             if i in self.out_indices:
-                # Contiguous: mmcv's RoIAlign reads memory as if every map were.
-                outs.append(x.transpose(1, 2).unflatten(2, resolution).contiguous())
+                outs.append(self.to_map(x, resolution))
         return tuple(outs)
+
+    @staticmethod
+    def to_map(x: Tensor, resolution: tuple[int, int]) -> Tensor:
+        """Turn tokens ``(B, h * w, C)`` of a grid ``(h, w)`` into a map ``(B, C, h, w)``."""
+        # Contiguous: mmcv's RoIAlign reads memory as if every map were.
+        return x.transpose(1, 2).unflatten(2, resolution).contiguous()
 
     def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
         """Return the depth of a parameter, for layer-wise decay of the learning rate.

@@ -34,7 +34,7 @@ def read_checkpoints_safely() -> None:
 
     mmengine 0.10 calls ``torch.load`` with its default of ``weights_only``: before PyTorch 2.6 a
     file's code is run; since then mmengine's own checkpoints are refused. onedl-mmengine 0.10 loads
-    a refused file again with ``weights_only=False``, and both download with ``weights_only=False``.
+    a refused file again without that protection, and both download without it.
     Everything that loads through mmengine is covered: ``load_from``, ``resume``,
     ``init_cfg=dict(type='Pretrained', ...)`` and the libraries' inferencers; ``pavi://`` is not,
     because its client is not public. This may go when mmengine loads with ``weights_only=True``,
