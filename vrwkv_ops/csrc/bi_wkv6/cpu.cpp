@@ -56,10 +56,8 @@ at::Tensor bi_wkv6_forward(const at::Tensor& r, const at::Tensor& k, const at::T
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> bi_wkv6_backward(
     const at::Tensor& gy, const at::Tensor& r, const at::Tensor& k, const at::Tensor& v, const at::Tensor& w,
     const at::Tensor& u, bool causal) {
-  vrwkv_ops::check_wkv6_inputs(r, k, v, w, u);
-  vrwkv_ops::check_wkv6_gradient(gy, v);
-  const vrwkv_ops::Wkv6Gradients grads(v, u);
-  if (v.numel() == 0) return {grads.r, grads.k, grads.v, grads.w, at::zeros_like(u)};
+  const vrwkv_ops::Wkv6Gradients grads(gy, r, k, v, w, u);
+  if (v.numel() == 0) return grads.sum();
   const at::Tensor bonus = u.contiguous();
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, v.scalar_type(), "bi_wkv6_backward", [&] {
     using T = vrwkv_ops::acc_type<scalar_t>;
@@ -74,7 +72,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> bi_wkv6_b
       for (int64_t i = begin; i < end; ++i) kernel(p, i / p.heads, i % p.heads);
     });
   });
-  return {grads.r, grads.k, grads.v, grads.w, vrwkv_ops::sum_partials(grads.u)};
+  return grads.sum();
 }
 
 }  // namespace vrwkv_cpu

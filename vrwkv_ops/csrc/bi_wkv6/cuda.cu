@@ -17,6 +17,7 @@ namespace vrwkv_cuda {
 namespace {
 
 using vrwkv_ops::acc_type;
+using vrwkv_ops::ceil_div;
 using vrwkv_ops::kMaxHeadSize;
 using vrwkv_ops::View;
 
@@ -31,8 +32,6 @@ constexpr int kTokens = 64 / sizeof(T);
 template <typename T>
 constexpr int kHeld = kTokens<T> / 2;
 
-__host__ __device__ constexpr int64_t pieces(int64_t total, int64_t piece) { return (total + piece - 1) / piece; }
-
 // Sequences of (B, T, H N). One direction is forwards or, if is_reversed, backwards.
 template <typename scalar_t>
 struct Sequences {
@@ -43,7 +42,7 @@ struct Sequences {
   View<T> w;
   const T* u;  // contiguous, (H, N)
 
-  __host__ __device__ int64_t slices() const { return pieces(size, kSlice); }
+  __host__ __device__ int64_t slices() const { return ceil_div(size, kSlice); }
   __host__ __device__ int64_t blocks() const { return batch * heads * slices(); }
 };
 
@@ -125,7 +124,7 @@ __global__ void __launch_bounds__(2 * kMaxSize / kKeys * kSlice) scan_kernel(con
   using T = acc_type<scalar_t>;
   __shared__ ScanTile<T> tiles[2];
   // The number of chunks is even, so that the two sides never visit one chunk at the same time.
-  const int64_t chunks = p.directions * pieces(p.tokens, p.directions * kTokens<T>);
+  const int64_t chunks = p.directions * ceil_div(p.tokens, p.directions * kTokens<T>);
   for (int64_t block = blockIdx.x; block < p.blocks(); block += gridDim.x) {
     const Place<scalar_t> place(p, block);
     ScanTile<T>& tile = tiles[place.side];
@@ -196,7 +195,7 @@ __global__ void __launch_bounds__(2 * kMaxSize / kWidth * kSlice)
   using T = acc_type<scalar_t>;
   __shared__ GradientTile<T> tiles[2];
   __shared__ double gu_sums[kMaxSize / kWidth][kSlice];
-  const int64_t chunks = pieces(p.tokens, kTokens<T>);
+  const int64_t chunks = ceil_div(p.tokens, kTokens<T>);
   const int size = static_cast<int>(p.size), groups = size / kWidth;
   for (int64_t block = blockIdx.x; block < p.blocks(); block += gridDim.x) {
     const Place<scalar_t> place(p, block);
@@ -334,7 +333,7 @@ void scan(const at::Tensor& r, const at::Tensor& k, const at::Tensor& v, const a
   p.is_reversed = is_reversed;
   p.r = view<scalar_t>(r), p.k = view<scalar_t>(k), p.v = view<scalar_t>(v);
   p.partial = data<acc_type<scalar_t>>(partial), p.out = data<scalar_t>(out);
-  const auto count = static_cast<unsigned>(p.directions * pieces(p.size, kKeys) * kSlice);
+  const auto count = static_cast<unsigned>(p.directions * ceil_div(p.size, kKeys) * kSlice);
   scan_kernel<scalar_t><<<grid(p.blocks()), count, 0, at::cuda::getCurrentCUDAStream()>>>(p);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
@@ -356,10 +355,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> bi_wkv6_b
     const at::Tensor& gy, const at::Tensor& r, const at::Tensor& k, const at::Tensor& v, const at::Tensor& w,
     const at::Tensor& u, bool causal) {
   const c10::cuda::CUDAGuard guard(v.device());
-  vrwkv_ops::check_wkv6_inputs(r, k, v, w, u);
-  vrwkv_ops::check_wkv6_gradient(gy, v);
-  const vrwkv_ops::Wkv6Gradients grads(v, u);
-  if (v.numel() == 0) return {grads.r, grads.k, grads.v, grads.w, at::zeros_like(u)};
+  const vrwkv_ops::Wkv6Gradients grads(gy, r, k, v, w, u);
+  if (v.numel() == 0) return grads.sum();
   const at::Tensor bonus = u.contiguous();
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, v.scalar_type(), "bi_wkv6_backward", [&] {
     using vrwkv_ops::view;
@@ -368,7 +365,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> bi_wkv6_b
     const at::Tensor partial_r = partial_of(grads.r, w, causal), partial_k = partial_of(grads.k, w, causal);
     GradientParams<scalar_t> p;
     set_sequences(p, w, bonus, causal);
-    const int64_t threads = p.size / kWidth * kSlice, chunks = pieces(p.tokens, kTokens<T>);
+    const int64_t threads = p.size / kWidth * kSlice, chunks = ceil_div(p.tokens, kTokens<T>);
     const at::Tensor edges = at::empty({p.blocks() * p.directions * chunks * kWidth * threads}, w.options());
     p.r = view<scalar_t>(r), p.k = view<scalar_t>(k), p.v = view<scalar_t>(v), p.gy = view<scalar_t>(gy);
     p.partial_r = data<T>(partial_r), p.partial_k = data<T>(partial_k);
@@ -378,7 +375,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> bi_wkv6_b
     gradient_kernel<scalar_t><<<grid(p.blocks()), count, 0, at::cuda::getCurrentCUDAStream()>>>(p);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });
-  return {grads.r, grads.k, grads.v, grads.w, vrwkv_ops::sum_partials(grads.u)};
+  return grads.sum();
 }
 
 }  // namespace vrwkv_cuda

@@ -1,7 +1,9 @@
 // Checks of bi_wkv6 for any backend.
 #pragma once
 
-#include <ATen/ops/zeros_like.h>
+#include <ATen/ops/empty.h>
+
+#include <tuple>
 
 #include "../common/tensor.h"
 #include "params.h"
@@ -26,22 +28,24 @@ inline void check_wkv6_inputs(const at::Tensor& r, const at::Tensor& k, const at
                 v.device());
 }
 
-inline void check_wkv6_gradient(const at::Tensor& gy, const at::Tensor& v) {
-  TORCH_CHECK(gy.sizes() == v.sizes() && gy.scalar_type() == v.scalar_type() && gy.device() == v.device(),
-              "bi_wkv6_backward: expected gy like v (", v.sizes(), " ", v.scalar_type(), "), got ", gy.sizes(), " ",
-              gy.scalar_type());
-}
-
-// Empty gradients; that of u has a row for each image.
+// The gradients to fill, after a check of what they depend on. That of u has a row for each image.
 struct Wkv6Gradients {
   at::Tensor r, k, v, w, u;
 
-  Wkv6Gradients(const at::Tensor& v, const at::Tensor& u)
-      : r(at::empty(v.sizes(), v.options())),
-        k(at::empty(v.sizes(), v.options())),
-        v(at::empty(v.sizes(), v.options())),
-        w(at::empty(v.sizes(), u.options())),
-        u(at::empty({v.size(0), u.size(0), u.size(1)}, u.options())) {}
+  Wkv6Gradients(const at::Tensor& gy, const at::Tensor& r, const at::Tensor& k, const at::Tensor& v, const at::Tensor& w,
+                const at::Tensor& u) {
+    check_wkv6_inputs(r, k, v, w, u);
+    TORCH_CHECK(gy.sizes() == v.sizes() && gy.scalar_type() == v.scalar_type() && gy.device() == v.device(),
+                "bi_wkv6_backward: expected gy like v (", v.sizes(), " ", v.scalar_type(), "), got ", gy.sizes(), " ",
+                gy.scalar_type());
+    for (at::Tensor* grad : {&this->r, &this->k, &this->v}) *grad = at::empty(v.sizes(), v.options());
+    this->w = at::empty(v.sizes(), u.options());
+    // No rows if there is nothing to compute: their sum is zero.
+    this->u = at::empty({v.numel() == 0 ? 0 : v.size(0), u.size(0), u.size(1)}, u.options());
+  }
+
+  // Sums that of u over the images.
+  std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> sum() const { return {r, k, v, w, sum_partials(u)}; }
 };
 
 }  // namespace vrwkv_ops
