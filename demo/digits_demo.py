@@ -6,6 +6,7 @@ continues from its last checkpoint.
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,10 +35,10 @@ class Prediction(NamedTuple):
 
 
 def predict(config: Path, checkpoint: Path, folder: Path) -> list[Prediction]:
-    """Classify every image of a folder ``<label>/<name>.png`` with mmpretrain's inferencer."""
+    """Classify every image of a folder ``<label>/<name>`` with mmpretrain's inferencer."""
     from mmpretrain import ImageClassificationInferencer
 
-    paths = sorted(folder.glob('*/*.png'))
+    paths = sorted(folder.glob('*/*.*'))
     inferencer = ImageClassificationInferencer(str(config), pretrained=str(checkpoint))
     results = inferencer([str(path) for path in paths], batch_size=64)
     return [
@@ -46,7 +47,12 @@ def predict(config: Path, checkpoint: Path, folder: Path) -> list[Prediction]:
     ]
 
 
-def draw(predictions: list[Prediction], accuracy: float, out: Path, model: str = 'VRWKV') -> None:
+def draw(
+    predictions: list[Prediction],
+    accuracy: float,
+    out: Path,
+    title: str = 'VRWKV on handwritten digits',
+) -> None:
     """Draw the hardest images for the model and, below them, a random sample.
 
     The hardest are the mistakes, the most confident first, then the least confident right answers.
@@ -58,7 +64,7 @@ def draw(predictions: list[Prediction], accuracy: float, out: Path, model: str =
     sample = np.random.default_rng(0).permutation(len(predictions))[: 3 * columns]
     parts = (
         (
-            'Hardest: mistakes (true digit in brackets), then the least sure right answers',
+            'Hardest: mistakes (true class in brackets), then the least sure right answers',
             hardest,
         ),
         ('Picked at random', [predictions[index] for index in sample]),
@@ -69,7 +75,7 @@ def draw(predictions: list[Prediction], accuracy: float, out: Path, model: str =
     with picture(out, figsize=(13, 8.8)) as (fig, _):
         fig.clear()  # subfigures instead
         fig.suptitle(
-            f'{model} on handwritten digits: {accuracy:.1f} % of {total} unseen images right',
+            f'{title}: {accuracy:.1f} % of {total} unseen images right',
             fontsize=20,
             fontweight='bold',
         )
@@ -94,9 +100,8 @@ def _draw_tile(axes: mpl.axes.Axes, prediction: Prediction) -> None:
     axes.barh(1.1 * side, side * prediction.confidence, height=0.08 * side, color=colour)
     axes.set(xlim=(0, side), ylim=(1.16 * side, -0.02 * side))
     mark = '✓' if prediction.right else f'✗ ({prediction.label})'
-    axes.set_title(
-        f'{prediction.predicted} {mark}  {prediction.confidence:.0%}', color=colour, fontsize=10
-    )
+    text = f'{prediction.predicted} {mark}  {prediction.confidence:.0%}'
+    axes.set_title(textwrap.fill(text, 14), color=colour, fontsize=9)
 
 
 def draw_checkpoint(
@@ -104,7 +109,8 @@ def draw_checkpoint(
 ) -> None:
     """Draw the predictions of a checkpoint."""
     predictions = predict(config, checkpoint, data_root / 'val')
-    draw(predictions, metrics['accuracy/top1'], out, backbone_name(config))
+    title = f'{backbone_name(config)} on handwritten digits'
+    draw(predictions, metrics['accuracy/top1'], out, title)
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ import matplotlib as mpl
 import numpy as np
 import torch
 from demo_tools import RIGHT, ROOT, WRONG, backbone_name, run_demo
-from digit_scenes import DIGITS, write_coco
+from digit_scenes import write_coco
 from mmengine.config import Config
 from PIL import Image
 from pycocotools import mask as run_length
@@ -28,30 +28,31 @@ SCORE = 0.5  # detections with a higher score are drawn
 
 
 class Found(NamedTuple):
-    """A detected or a missed digit."""
+    """A detected or a missed object."""
 
     label: str
-    score: float | None  #: The detection's score; None for a missed digit.
+    score: float | None  #: The detection's score; None for a missed object.
     box: list[float]  #: Left, top, right and bottom in pixels.
-    mask: np.ndarray  #: Of shape (H, W), bool.
-    right: bool  #: Whether it matches a digit of that label.
+    mask: np.ndarray | None  #: Of shape (H, W), bool; None for a detector of boxes alone.
+    right: bool  #: Whether it matches an object of that label.
 
 
 def detect(config: Path, checkpoint: Path, data_root: Path, count: int) -> dict[Path, list[Found]]:
-    """Detect digits on the first held-out images with mmdet's inferencer; compare with the truth.
+    """Detect objects on the first test images with mmdet's inferencer; compare with the truth.
 
-    A detection is right if its box has an IoU of at least 0.5 with a digit of its label that no
+    A detection is right if its box has an IoU of at least 0.5 with an object of its label that no
     detection with a higher score matches.
 
     Returns:
-        The detected and the missed digits of each image.
+        The detected and the missed objects of each image.
     """
     import vrwkv_det  # noqa: F401, I001 (before mmdet: it serves mmcv's operators)
     from mmdet.apis import DetInferencer
 
-    coco = COCO(data_root / 'annotations/val.json')
+    dataset = Config.fromfile(config).test_dataloader.dataset
+    coco = COCO(data_root / dataset.ann_file)
     images = [coco.imgs[index] for index in sorted(coco.imgs)[:count]]
-    paths = [data_root / 'val' / image['file_name'] for image in images]
+    paths = [data_root / dataset.data_prefix.img / image['file_name'] for image in images]
     inferencer = DetInferencer(str(config), str(checkpoint), device='cpu', show_progress=False)
     results = inferencer([str(path) for path in paths], batch_size=8)['predictions']
     return {
@@ -62,8 +63,10 @@ def detect(config: Path, checkpoint: Path, data_root: Path, count: int) -> dict[
 
 def _compare(result: dict, coco: COCO, truths: list[dict]) -> list[Found]:
     found = []
+    names = [category['name'] for category in coco.loadCats(coco.getCatIds())]
+    masks = result.get('masks', [None] * len(result['labels']))
     for label, score, box, mask in sorted(
-        zip(*(result[key] for key in ('labels', 'scores', 'bboxes', 'masks')), strict=True),
+        zip(*(result[key] for key in ('labels', 'scores', 'bboxes')), masks, strict=True),
         key=lambda item: -item[1],
     ):
         if score < SCORE:
@@ -73,11 +76,10 @@ def _compare(result: dict, coco: COCO, truths: list[dict]) -> list[Found]:
         right = max(overlaps, default=0) >= 0.5
         if right:
             truths = [t for t in truths if t is not same[int(np.argmax(overlaps))]]
-        shape = run_length.decode(mask).astype(bool)
-        found.append(Found(DIGITS[label], score, box, shape, right))
+        shape = None if mask is None else run_length.decode(mask).astype(bool)
+        found.append(Found(names[label], score, box, shape, right))
     for truth in truths:
-        mask = coco.annToMask(truth).astype(bool)
-        found.append(Found(DIGITS[truth['category_id'] - 1], None, _corners(truth), mask, False))
+        found.append(Found(names[truth['category_id'] - 1], None, _corners(truth), None, False))
     return found
 
 
@@ -94,17 +96,20 @@ def draw(
     detections: dict[Path, list[Found]],
     metrics: dict[str, float],
     out: Path,
-    model: str = 'VRWKV-Adapter',
+    model: str = 'Mask R-CNN with VRWKV-Adapter',
 ) -> None:
-    """Draw images with boxes, masks and labels, right ones in one colour, others in another."""
+    """Draw images with boxes, labels and, if there are some, masks: right and wrong ones."""
+    kinds = [
+        f'of {name} {metrics[key]:.3f}'
+        for name, key in (('boxes', 'coco/bbox_mAP_50'), ('masks', 'coco/segm_mAP_50'))
+        if key in metrics
+    ]
     columns = 4
     rows = -(-len(detections) // columns)
     size = (13, 3.25 * rows + 1.3)
     with picture(out, rows, columns, figsize=size, dpi=110, squeeze=False) as (fig, axes):
         fig.suptitle(
-            f'Mask R-CNN with {model} on unseen images\n'
-            f'AP50 of boxes {metrics["coco/bbox_mAP_50"]:.3f}, of masks '
-            f'{metrics["coco/segm_mAP_50"]:.3f}. Red: wrong, dashed: missed',
+            f'{model} on unseen images\nAP50 {", ".join(kinds)}. Red: wrong, dashed: missed',
             fontsize=15,
         )
         for ax in axes.flat:
@@ -113,10 +118,10 @@ def draw(
             image = np.asarray(Image.open(path).convert('RGB'))
             ax.imshow(image, extent=(0, image.shape[1], image.shape[0], 0))
             for item in found:
-                _draw_digit(ax, item)
+                _draw_object(ax, item)
 
 
-def _draw_digit(ax: mpl.axes.Axes, item: Found) -> None:
+def _draw_object(ax: mpl.axes.Axes, item: Found) -> None:
     colour = RIGHT if item.right else WRONG
     left, top, right, bottom = item.box
     missed = item.score is None
@@ -126,7 +131,7 @@ def _draw_digit(ax: mpl.axes.Axes, item: Found) -> None:
             ls='--' if missed else '-',
         )
     )  # fmt: skip
-    if not missed:
+    if item.mask is not None:
         overlay = np.zeros((*item.mask.shape, 4))
         overlay[item.mask] = mpl.colors.to_rgba(colour, 0.65)
         ax.imshow(overlay, extent=(0, item.mask.shape[1], item.mask.shape[0], 0))
@@ -144,7 +149,10 @@ def draw_checkpoint(
 ) -> None:
     """Draw the detections of a checkpoint."""
     detections = detect(config, checkpoint, data_root, count=12)
-    draw(detections, metrics, out, backbone_name(config))
+    detector = dict(MaskRCNN='Mask R-CNN', FasterRCNN='Faster R-CNN')[
+        Config.fromfile(config).model.type
+    ]
+    draw(detections, metrics, out, f'{detector} with {backbone_name(config)}')
 
 
 def report(cfg: Config, metrics: dict[str, float]) -> str:

@@ -31,18 +31,19 @@ class Result(NamedTuple):
 
 
 def segment(config: Path, checkpoint: Path, data_root: Path, count: int) -> list[Result]:
-    """Segment the first held-out images with mmseg's inferencer."""
+    """Segment test images, evenly chosen, with mmseg's inferencer."""
     import vrwkv_seg  # noqa: F401, I001 (before mmseg: it serves mmcv's operators)
     from mmseg.apis import MMSegInferencer
 
-    names = sorted(path.name for path in (data_root / 'images/validation').iterdir())[:count]
-    paths = [data_root / 'images/validation' / name for name in names]
+    folders = Config.fromfile(config).test_dataloader.dataset.data_prefix
+    paths = sorted((data_root / folders.img_path).iterdir())
+    paths = paths[:: max(1, len(paths) // count)][:count]
     inferencer = MMSegInferencer(str(config), str(checkpoint), device='cpu')
     predictions = inferencer([str(path) for path in paths])['predictions']
     return [
         Result(
             np.asarray(Image.open(path).convert('RGB')),
-            np.asarray(Image.open(data_root / 'annotations/validation' / path.name)),
+            np.asarray(Image.open(data_root / folders.seg_map_path / path.name)),
             predicted,
         )
         for path, predicted in zip(paths, predictions, strict=True)
@@ -61,7 +62,8 @@ def draw(
     side_by_side = 2
     rows, columns = -(-len(results) // side_by_side), 3 * side_by_side
     size = (13, 2.15 * rows + 1.6)
-    colours = np.array(palette, np.uint8)
+    colours = np.zeros((256, 3), np.uint8)  # ignored pixels are black
+    colours[: len(palette)] = palette
     with picture(out, rows, columns, figsize=size, dpi=110, squeeze=False) as (fig, axes):
         fig.suptitle(f'UperNet with {model} on unseen images: mIoU {miou:.1f} %', fontsize=15)
         for ax in axes.flat:
@@ -75,7 +77,7 @@ def draw(
         fig.legend(
             handles=[
                 mpl.patches.Patch(facecolor=colour / 255, label=name)
-                for name, colour in zip(classes, colours, strict=True)
+                for name, colour in zip(classes, colours, strict=False)
             ],
             loc='outside lower center', ncols=len(classes), fontsize=11, handlelength=1.2,
             columnspacing=1.2,
