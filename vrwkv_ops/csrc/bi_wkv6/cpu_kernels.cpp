@@ -41,15 +41,15 @@ constexpr int kSegment = 4, kShort = 16;
 // --- A row of a matrix: kWidth neighbouring elements --------------------------------------------
 
 #if defined(VRWKV_CPU_AVX512)
-constexpr int kVectorBytes = 64, kTileRows = 8;
+constexpr int kVectorBytes = 64, kTileRows = 8, kWideColumns = 32;
 VRWKV_FN __m512 fused(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
 VRWKV_FN __m512d fused(__m512d a, __m512d b, __m512d c) { return _mm512_fmadd_pd(a, b, c); }
 #elif defined(VRWKV_CPU_AVX2)
-constexpr int kVectorBytes = 32, kTileRows = 4;
+constexpr int kVectorBytes = 32, kTileRows = 4, kWideColumns = 16;
 VRWKV_FN __m256 fused(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
 VRWKV_FN __m256d fused(__m256d a, __m256d b, __m256d c) { return _mm256_fmadd_pd(a, b, c); }
 #else
-constexpr int kVectorBytes = 16, kTileRows = 4;
+constexpr int kVectorBytes = 16, kTileRows = 4, kWideColumns = 16;
 template <typename V>
 VRWKV_FN V fused(V a, V b, V c) {
   return a * b + c;
@@ -159,31 +159,42 @@ VRWKV_FN Factor<T> transposed(const T (*x)[kMaxSize]) {
 // rows and columns are multiples of kTileRows and kColumns; `scale` has one factor for each row, or for each column.
 enum class Scale { kNone, kOfRows, kOfColumns };
 
+template <int kPitch, Scale of, int kWidth, typename T>
+VRWKV_FN void multiply_tile(T* to, const T* from, const T* scale, int row, int column, const Factor<T>& a, const T* b,
+                            int depth) {
+  using R = Row<T, kWidth>;
+  R sum[kTileRows];
+  VRWKV_UNROLL
+  for (int i = 0; i < kTileRows; ++i) sum[i] = R::filled(T(0));
+  const T* factor = a.x + row * a.row_step;
+  for (int n = 0; n < depth; ++n, factor += a.column_step) {
+    const auto b_row = R::load(b + n * kPitch + column);
+    VRWKV_UNROLL
+    for (int i = 0; i < kTileRows; ++i) sum[i] = sum[i].plus(R::filled(factor[i * a.row_step]), b_row);
+  }
+  VRWKV_UNROLL
+  for (int i = 0; i < kTileRows; ++i) {
+    // Added last: it takes one rounding then, not one for each n.
+    if (from != nullptr) {
+      const auto before = R::load(from + (row + i) * kPitch + column);
+      if (of == Scale::kNone) sum[i] = sum[i] + before;
+      if (of == Scale::kOfRows) sum[i] = sum[i].plus(before, R::filled(scale[row + i]));
+      if (of == Scale::kOfColumns) sum[i] = sum[i].plus(before, R::load(scale + column));
+    }
+    sum[i].store(to + (row + i) * kPitch + column);
+  }
+}
+
 template <int kPitch, Scale of = Scale::kNone, typename T>
 void multiply(T* to, const T* from, const T* scale, int rows, int columns, const Factor<T>& a, const T* b, int depth) {
-  for (int column = 0; column < columns; column += kColumns)
-    for (int row = 0; row < rows; row += kTileRows) {
-      Columns<T> sum[kTileRows];
-      VRWKV_UNROLL
-      for (int i = 0; i < kTileRows; ++i) sum[i] = Columns<T>::filled(T(0));
-      const T* factor = a.x + row * a.row_step;
-      for (int n = 0; n < depth; ++n, factor += a.column_step) {
-        const auto b_row = Columns<T>::load(b + n * kPitch + column);
-        VRWKV_UNROLL
-        for (int i = 0; i < kTileRows; ++i) sum[i] = sum[i].plus(Columns<T>::filled(factor[i * a.row_step]), b_row);
-      }
-      VRWKV_UNROLL
-      for (int i = 0; i < kTileRows; ++i) {
-        // Added last: it takes one rounding then, not one for each n.
-        if (from != nullptr) {
-          const auto before = Columns<T>::load(from + (row + i) * kPitch + column);
-          if (of == Scale::kNone) sum[i] = sum[i] + before;
-          if (of == Scale::kOfRows) sum[i] = sum[i].plus(before, Columns<T>::filled(scale[row + i]));
-          if (of == Scale::kOfColumns) sum[i] = sum[i].plus(before, Columns<T>::load(scale + column));
-        }
-        sum[i].store(to + (row + i) * kPitch + column);
-      }
-    }
+  int column = 0;
+  if constexpr (kPitch >= kWideColumns)
+    for (; column + kWideColumns <= columns; column += kWideColumns)
+      for (int row = 0; row < rows; row += kTileRows)
+        multiply_tile<kPitch, of, kWideColumns>(to, from, scale, row, column, a, b, depth);
+  for (; column < columns; column += kColumns)
+    for (int row = 0; row < rows; row += kTileRows)
+      multiply_tile<kPitch, of, kColumns>(to, from, scale, row, column, a, b, depth);
 }
 
 template <typename T>
@@ -216,7 +227,7 @@ using Tokens = T[kChunk][kMaxSize];
 // Of the tokens of a chunk, and of the whole chunk.
 template <typename T>
 struct Decays {
-  Tokens<T> rate, d;  // exp(w), exp(-exp(w))
+  Tokens<T> d;  // exp(-exp(w))
   T whole[kMaxSize];
 };
 
@@ -226,6 +237,7 @@ struct Chunk {
   Tokens<T> r, k, v, g;
   Tokens<T> before, after;  // decays of the tokens of the chunk before a token, or after it
   Decays<T>* decays;
+  Tokens<T>* rate;       // exp(w)
   int64_t begin, count;  // tokens
 };
 
@@ -258,19 +270,22 @@ VRWKV_FN T limited_exp(T x) {
   return x < -kBound ? T(0) : result;
 }
 
-// Replaces w by exp(w) in `rate`, and computes the decays of `count` tokens.
+// Replaces w by exp(w) in the chunk's `rate`, and computes the decays of its tokens.
 template <typename T>
-void set_decays(Decays<T>& decays, int64_t count, int width) {
+void set_decays(const Chunk<T>& chunk, int width) {
+  auto& rate = *chunk.rate;
+  auto& decays = *chunk.decays;
+  const int count = static_cast<int>(chunk.count);
   for (int t = 0; t < count; ++t) {  // two loops: exponentials that follow each other are independent
     for (int column = 0; column < width; column += kColumns)
-      for (int j = 0; j < kColumns; ++j) decays.rate[t][column + j] = limited_exp(decays.rate[t][column + j]);
+      for (int j = 0; j < kColumns; ++j) rate[t][column + j] = limited_exp(rate[t][column + j]);
     for (int column = 0; column < width; column += kColumns)
-      for (int j = 0; j < kColumns; ++j) decays.d[t][column + j] = limited_exp(-decays.rate[t][column + j]);
+      for (int j = 0; j < kColumns; ++j) decays.d[t][column + j] = limited_exp(-rate[t][column + j]);
   }
-  for (int t = static_cast<int>(count); t < kChunk; ++t) std::fill_n(decays.d[t], width, T(1));
+  for (int t = count; t < kChunk; ++t) std::fill_n(decays.d[t], width, T(1));
   for (int column = 0; column < width; column += kColumns) {
     auto sum = Columns<T>::filled(T(0));
-    for (int t = 0; t < count; ++t) sum = sum + Columns<T>::load(decays.rate[t] + column);
+    for (int t = 0; t < count; ++t) sum = sum + Columns<T>::load(rate[t] + column);
     sum.store(decays.whole + column);
     for (int j = 0; j < kColumns; ++j) decays.whole[column + j] = limited_exp(-decays.whole[column + j]);
   }
@@ -301,7 +316,7 @@ void read(Chunk<T>& chunk, const Wkv6Inputs<scalar_t>& p, const View<T>* w, cons
     read(to, from, image, chunk, head * p.size, p.size, p.tokens, (next - n) * kChunk);
   };
   read_one(chunk.r, p.r), read_one(chunk.k, p.k), read_one(chunk.v, p.v);
-  if (w != nullptr) read_one(chunk.decays->rate, *w);
+  if (w != nullptr) read_one(*chunk.rate, *w);
   if (gy != nullptr) read_one(chunk.g, *gy);
 }
 
@@ -411,7 +426,7 @@ void forward(const Wkv6ForwardParams<scalar_t>& p, int64_t image, int64_t head, 
   const int width = (p.size + kColumns - 1) / kColumns * kColumns, columns = last - first;
   struct Work {
     Chunk<T> chunk;
-    Tokens<T> scaled;
+    Tokens<T> scaled, rate;
     T state[kState], scores[kChunk][kChunk];
   };
   struct Kept {  // of a chunk, for the way back
@@ -422,6 +437,7 @@ void forward(const Wkv6ForwardParams<scalar_t>& p, int64_t image, int64_t head, 
   const std::unique_ptr<Kept[]> all_kept(new Kept[causal ? 1 : chunks]);
   Chunk<T>& chunk = work->chunk;
   Tokens<T>& scaled = work->scaled;
+  chunk.rate = &work->rate;
   T* const state = work->state;
   const auto u = padded_bonus(p.u, head, p.size);
   const auto visit = [&](const Tokens<T>& of_r, const Tokens<T>& of_k, T* y, bool is_last) {
@@ -438,7 +454,7 @@ void forward(const Wkv6ForwardParams<scalar_t>& p, int64_t image, int64_t head, 
     Kept& kept = all_kept[causal ? 0 : n];
     chunk.decays = &kept.decays;
     read<T, scalar_t>(chunk, p, &p.w, nullptr, image, head, n, n + 1);
-    set_decays(kept.decays, chunk.count, width);
+    set_decays(chunk, width);
     set_products(chunk, width);
     find_scores<causal, false, T>(chunk, u.data(), width, work->scores, nullptr, nullptr);
     multiply<kMaxSize, Scale::kNone, T>(kept.y[0], nullptr, nullptr, kChunk, columns, {work->scores[0], kChunk, 1},
@@ -554,6 +570,7 @@ void backward(const Wkv6BackwardParams<scalar_t>& p, int64_t image, int64_t head
   const int width = (size + kColumns - 1) / kColumns * kColumns;
   const std::unique_ptr<Work> work(new Work);
   const std::unique_ptr<Decays<T>[]> decays(new Decays<T>[chunks]);
+  const std::unique_ptr<Tokens<T>[]> rates(new Tokens<T>[chunks]);
   const std::unique_ptr<typename Work::States[]> edges(new typename Work::States[segments]);  // before each segment
   std::memset(edges[0], 0, sizeof(edges[0]));
   std::fill_n(work->s_after, kState, T(0));
@@ -561,9 +578,9 @@ void backward(const Wkv6BackwardParams<scalar_t>& p, int64_t image, int64_t head
   std::fill_n(work->gu, kMaxSize, 0.);
   const auto u = padded_bonus(p.u, head, size);
   const auto read_chunk = [&](Chunk<T>& chunk, int64_t n, int64_t next, bool is_first) {
-    chunk.decays = &decays[n];
+    chunk.decays = &decays[n], chunk.rate = &rates[n];
     read<T, scalar_t>(chunk, p, is_first ? &p.w : nullptr, &p.gy, image, head, n, next);
-    if (is_first) set_decays(decays[n], chunk.count, width);
+    if (is_first) set_decays(chunk, width);
     set_products(chunk, width);
   };
   const int64_t last_segment = (segments - 1) * step;
@@ -595,7 +612,7 @@ void backward(const Wkv6BackwardParams<scalar_t>& p, int64_t image, int64_t head
       for (int c = 0; c < width; c += kColumns) {
         auto gu = Columns<T>::filled(T(0));
         for (int t = 0; t < chunk.count; ++t) {
-          const auto rate = Columns<T>::filled(T(-1)) * Columns<T>::load(chunk.decays->rate[t] + c);
+          const auto rate = Columns<T>::filled(T(-1)) * Columns<T>::load((*chunk.rate)[t] + c);
           (rate * Columns<T>::load(sums.log_d[t] + c)).store(sums.log_d[t] + c);
           const auto rk = Columns<T>::load(chunk.r[t] + c) * Columns<T>::load(chunk.k[t] + c);
           gu = gu.plus(Columns<T>::filled(work->gscores[t][t]), rk);
