@@ -5,6 +5,7 @@ import re
 import runpy
 import sys
 import types
+from functools import partial
 from pathlib import Path
 
 import mmpretrain
@@ -18,7 +19,7 @@ from torch import nn
 from vrwkv.analysis import area_of_share, complexity, effective_receptive_field
 from vrwkv.analysis.models import build_model, load_model, read_config
 from vrwkv.analysis.report import distinct_names
-from vrwkv.backbones import VRWKV
+from vrwkv.backbones import VRWKV, VRWKV6
 from vrwkv_ops.benchmarking import markdown_table
 
 NANO = 'configs/classification/vrwkv-nano_1xb64_digits.py'
@@ -486,7 +487,8 @@ def test_class_activation_maps_of_other_channels(tool, channels, bands, monkeypa
     assert (shown[0] == image[..., bands]).all()
 
 
-def test_mmpretrains_cam_tool_understands_a_vrwkv(tool, monkeypatch):
+@pytest.mark.parametrize('build', [VRWKV, partial(VRWKV6, num_heads=1)])
+def test_mmpretrains_cam_tool_understands_a_backbone(build, tool, monkeypatch):
     """Its own functions, with stand-ins for the names that it imports from grad-cam."""
     stubs = {
         'pytorch_grad_cam': dict(
@@ -502,7 +504,7 @@ def test_mmpretrains_cam_tool_understands_a_vrwkv(tool, monkeypatch):
         monkeypatch.setitem(sys.modules, name, module)
     cam = tool('vis_cam').run_tool()
     arguments = types.SimpleNamespace(vit_like=True, num_extra_tokens=None)
-    model = types.SimpleNamespace(backbone=VRWKV(embed_dims=8, depth=2))
+    model = types.SimpleNamespace(backbone=build(embed_dims=8, depth=2))
     assert cam['get_default_target_layers'](model, arguments) == [model.backbone.ln1]
     tokens = torch.arange(2 * 9 * 8).reshape(2, 9, 8)
     maps = cam['reshape_transform'](tokens, model, arguments)

@@ -18,6 +18,8 @@ from pathlib import Path
 import mmpretrain
 import numpy as np
 
+import vrwkv_cls  # noqa: F401 (lets mmengine read configs without pkg_resources)
+
 # Newer versions have dropped an argument that mmpretrain's tool passes.
 REQUIREMENT = 'grad-cam==1.4.8'
 
