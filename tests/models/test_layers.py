@@ -7,12 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from vrwkv import backbones
 from vrwkv.layers import (
     ChannelMix,
     DropPath,
     PatchEmbed,
     SpatialMix,
     TokenShift,
+    pieces,
     resize_pos_embed,
     vrwkv_layer,
 )
@@ -251,3 +253,37 @@ def test_bad_arguments_are_named(build, error, message):
     with pytest.raises(error) as caught:
         build()
     assert re.search(message, str(caught.value)), str(caught.value)
+
+
+# --- inference in pieces ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    'arguments',
+    [
+        dict(kind='VRWKV'),
+        dict(kind='VRWKV', key_norm=True, post_norm=True, init_values=0.5),
+        dict(kind='VRWKV6', num_heads=2, key_norm=True),
+    ],
+)
+def test_pieces_of_tokens_change_nothing(arguments, monkeypatch):
+    """Two images of 5 x 7 patches in pieces of 8 tokens, strips of one row and a rest."""
+    arguments = dict(arguments)
+    torch.manual_seed(0)
+    model = getattr(backbones, arguments.pop('kind'))(
+        img_size=32, patch_size=4, embed_dims=32, depth=2, **arguments
+    ).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    images = torch.randn(2, 3, 23, 29)
+    expected = model(images)[0]  # with gradients: all tokens at once
+    sizes = []
+    monkeypatch.setattr(pieces, 'CPU_TOKENS', 8)
+    for module in (model.patch_embed.projection, model.layers[1].ffn.key):
+        module.register_forward_hook(lambda module, args, out: sizes.append(args[0].shape[1:]))
+    with torch.no_grad():
+        found = model(images)[0]
+    assert sizes == [(3, 4, 29)] * 5 + [(8, 32)] * 8 + [(6, 32)]
+    # Products of matrices of other sizes may sum in another order: a few roundings.
+    assert torch.allclose(found, expected, rtol=0, atol=2e-6 * expected.abs().max().item())

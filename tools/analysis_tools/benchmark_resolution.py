@@ -3,7 +3,8 @@
 DeiT runs with plain attention, which holds a matrix of all pairs of tokens, and with flash
 attention, which does not. Every figure comes from its own process. Memory is that of the model, its
 input and the pass: resident memory on a CPU, PyTorch's allocations on a GPU. The table reports
-models that do not fit in memory or take longer than --timeout.
+models that do not fit in memory or take longer than --timeout. DeiT's time beyond its last
+measurement is computed: it grows with the square of the tokens.
 
 A peer replaces bi_wkv in a VRWKV. It is refused if its result differs in any layer. --vrwkv6 adds
 VRWKV6.
@@ -68,6 +69,7 @@ class Row:
         images_per_second: The median; None without a result.
         memory: Peak bytes of model, input and pass; None without a result.
         note: The reason for a missing result.
+        computed: Whether the time is computed from that of smaller images.
     """
 
     size: str
@@ -76,6 +78,7 @@ class Row:
     images_per_second: float | None = None
     memory: int | None = None
     note: str = ''
+    computed: bool = False
 
 
 # --- In the process of one figure -------------------------------------------------------------
@@ -204,15 +207,26 @@ def run(args: argparse.Namespace) -> list[Row]:
         for resolution in sorted(args.resolutions):
             ours = (OURS, SIX) if args.vrwkv6 else (OURS,)
             for model in (*ours, *(peer.name for peer in args.peer), *ATTENTION):
+                known = [r for r in rows if (r.size, r.model) == (size, model) and r.memory]
+                guess = _by_the_square(known[-1], resolution) if known else math.inf
                 if model in failed:
                     row = Row(size, model, resolution, note=f'not tried after {failed[model]}')
+                elif model in ATTENTION and known and args.batch_size / guess > 4 * args.timeout:
+                    row = Row(size, model, resolution, note=f'far more than {args.timeout} s')
                 else:
                     row = measure_apart(args, size, model, resolution)
-                    if row.note:
-                        failed[model] = resolution
+                if row.note:
+                    failed.setdefault(model, resolution)
+                    if model in ATTENTION and known and 'fail' not in row.note:
+                        row.images_per_second, row.computed = guess, True
                 rows.append(row)
                 print(f'{size}, {resolution}, {model}: {row.note or "done"}', file=sys.stderr)
     return rows
+
+
+def _by_the_square(row: Row, resolution: int) -> float:
+    """Compute a DeiT's images per second at a larger resolution."""
+    return row.images_per_second * (row.resolution / resolution) ** 4
 
 
 def table(rows: list[Row]) -> str:
@@ -222,6 +236,8 @@ def table(rows: list[Row]) -> str:
         line = [r.size, str(r.resolution), r.model]
         if r.images_per_second is None:
             cells.append([*line, r.note, ''])
+        elif r.computed:
+            cells.append([*line, f'{r.images_per_second:.3g} computed', r.note])
         else:
             cells.append([*line, f'{r.images_per_second:.3g}', f'{r.memory / 2**20:.0f}'])
     return markdown_table(('size', 'pixels', 'model', 'images/s', 'memory (MiB)'), cells)
@@ -233,14 +249,21 @@ def plot(rows: list[Row], title: str, path: Path) -> None:
         models = list(dict.fromkeys(r.model for r in rows))
         for size, style in zip(WIDTHS, ('-', '--', ':'), strict=True):
             for index, model in enumerate(models):
-                chosen = [r for r in rows if (r.size, r.model) == (size, model) and not r.note]
-                if not chosen:
+                chosen = [r for r in rows if (r.size, r.model) == (size, model)]
+                measured = [r for r in chosen if r.memory]
+                if not measured:
                     continue
                 colour = COLOURS[1 + index % (len(COLOURS) - 1)]
-                options = dict(color=colour, marker='o', ms=3, label=f'{model}, {size}')
-                pixels = [r.resolution for r in chosen]
-                axes[0].loglog(pixels, [r.images_per_second for r in chosen], style, **options)
-                axes[1].loglog(pixels, [r.memory / 2**20 for r in chosen], style, **options)
+                options = dict(color=colour, marker='o', ms=3)
+                pixels = [r.resolution for r in measured]
+                speed = [r.images_per_second for r in measured]
+                axes[0].loglog(pixels, speed, style, label=f'{model}, {size}', **options)
+                axes[1].loglog(pixels, [r.memory / 2**20 for r in measured], style, **options)
+                if computed := [r for r in chosen if r.computed]:
+                    pixels = [r.resolution for r in computed]
+                    speed = [r.images_per_second for r in computed]
+                    hollow = dict(mfc='none', ls='', label=f'{model}, {size}, computed')
+                    axes[0].loglog(pixels, speed, **options, **hollow)
         resolutions = sorted({r.resolution for r in rows})
         for axis, label in zip(axes, ('images per second', 'peak memory (MiB)'), strict=True):
             axis.set_xticks(resolutions, [str(x) for x in resolutions], rotation=45)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from vrwkv_ops import bi_wkv, sigmoid_gate, squared_relu
 
 from ._checks import check_choice, check_number
+from .pieces import in_pieces
 from .token_shift import TokenShift
 
 INIT_MODES = ('fancy', 'local', 'global')
@@ -67,6 +68,16 @@ class BaseMix(nn.Module):
             mix.copy_((torch.arange(channels) / channels) ** exponent + offset)
         else:
             mix.fill_(1.0 if self.init_mode == 'local' else 0.5)
+
+    def _shifted(
+        self,
+        x: Tensor,
+        mixes: tuple[Tensor | None, ...],
+        resolution: tuple[int, int] | None,
+        norm: nn.Module | None,
+    ) -> tuple[Tensor, ...]:
+        """Normalise tokens and mix them with their shifted neighbours."""
+        return self.shift(x if norm is None else norm(x), mixes, resolution)
 
     def _init_linears(self) -> None:
         for module in self.children():
@@ -134,12 +145,18 @@ class SpatialMix(BaseMix):
             self.spatial_first.fill_(1.0 if self.init_mode == 'local' else 0.0)
         self._init_linears()
 
-    def forward(self, x: Tensor, resolution: tuple[int, int] | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        resolution: tuple[int, int] | None = None,
+        norm: nn.Module | None = None,
+    ) -> Tensor:
         """Mix over tokens.
 
         Args:
             x: Tokens of shape ``(B, T, C)``.
             resolution: Their grid ``(H, W)``. Only Q-Shift needs it.
+            norm: Applied to ``x`` first. Its result is not kept, as it would be by the caller.
 
         Returns:
             A tensor of the shape of ``x``.
@@ -149,14 +166,18 @@ class SpatialMix(BaseMix):
         """
         tokens = x.shape[1]
         mixes = (self.spatial_mix_k, self.spatial_mix_v, self.spatial_mix_r)
-        xk, xv, xr = self.shift(x, mixes, resolution)
-        y = bi_wkv(
-            self.spatial_decay / tokens,
-            self.spatial_first / tokens,
-            self.key(xk),
-            self.value(xv),
-            causal=self.causal,
-        )
+        xk, xv, xr = self._shifted(x, mixes, resolution, norm)
+        # What is not needed any more is freed, which counts in inference on large images.
+        k = self.key(xk)
+        del xk
+        v = self.value(xv)
+        del xv
+        decay, first = self.spatial_decay / tokens, self.spatial_first / tokens
+        y = bi_wkv(decay, first, k, v, causal=self.causal)
+        del k, v
+        return in_pieces(self._gated, xr, y)
+
+    def _gated(self, xr: Tensor, y: Tensor) -> Tensor:
         if self.key_norm is not None:
             y = self.key_norm(y)
         return self.output(sigmoid_gate(self.receptance(xr), y))
@@ -214,12 +235,18 @@ class ChannelMix(BaseMix):
         self._init_mix(self.spatial_mix_r, self.remainder)
         self._init_linears()
 
-    def forward(self, x: Tensor, resolution: tuple[int, int] | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        resolution: tuple[int, int] | None = None,
+        norm: nn.Module | None = None,
+    ) -> Tensor:
         """Mix over channels.
 
         Args:
             x: Tokens of shape ``(B, T, C)``.
             resolution: Their grid ``(H, W)``. Only Q-Shift needs it.
+            norm: Applied to ``x`` first.
 
         Returns:
             A tensor of the shape of ``x``.
@@ -227,7 +254,10 @@ class ChannelMix(BaseMix):
         Raises:
             ValueError: If a Q-Shift has no grid, or one that does not match ``T``.
         """
-        xk, xr = self.shift(x, (self.spatial_mix_k, self.spatial_mix_r), resolution)
+        mixes = (self.spatial_mix_k, self.spatial_mix_r)
+        return in_pieces(self._gated, *self._shifted(x, mixes, resolution, norm))
+
+    def _gated(self, xk: Tensor, xr: Tensor) -> Tensor:
         hidden = squared_relu(self.key(xk))
         if self.key_norm is not None:
             hidden = self.key_norm(hidden)

@@ -11,6 +11,7 @@ from vrwkv_ops.checks import MAX_HEAD
 
 from ._checks import check_choice, check_heads
 from .mix import BaseMix
+from .pieces import in_pieces
 
 # Ranks of the low-rank products, in models of every size.
 MIX_RANK, DECAY_RANK = 32, 64
@@ -106,12 +107,18 @@ class SpatialMix6(BaseMix):
         self.time_faaaa.copy_(bonus.view_as(self.time_faaaa))
         self._init_linears()
 
-    def forward(self, x: Tensor, resolution: tuple[int, int] | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        resolution: tuple[int, int] | None = None,
+        norm: nn.Module | None = None,
+    ) -> Tensor:
         """Mix over tokens.
 
         Args:
             x: Tokens of shape ``(B, T, C)``.
             resolution: Their grid ``(H, W)``. Only Q-Shift needs it.
+            norm: Applied to ``x`` first.
 
         Returns:
             A tensor of the shape of ``x``.
@@ -119,18 +126,29 @@ class SpatialMix6(BaseMix):
         Raises:
             ValueError: If a Q-Shift has no grid, or one that does not match ``T``.
         """
+        if norm is not None:
+            x = norm(x)
         # The shift's weights are those of the token itself: with 0, the neighbour alone remains.
         mixes = (1 - self.time_maa_x, torch.zeros_like(self.time_maa_x))
         mixed, neighbour = self.shift(x, mixes, resolution)
+        r, k, v, w, gate = in_pieces(self._projected, x, mixed, neighbour)
+        del x, mixed, neighbour  # for inference on large images
+        y = bi_wkv6(r, k, v, w, self.time_faaaa)
+        del r, k, v, w
+        return in_pieces(self._gated, y, gate)
+
+    def _projected(self, x: Tensor, mixed: Tensor, neighbour: Tensor) -> tuple[Tensor, ...]:
+        """Return receptance, key, value, decay and gate."""
         delta = neighbour - x
         low = torch.tanh(mixed @ self.time_maa_w1).flatten(0, 1).unflatten(1, (5, MIX_RANK))
         change = torch.bmm(low.transpose(0, 1), self.time_maa_w2).unflatten(1, x.shape[:2])
         maa = torch.stack([getattr(self, f'time_maa_{name}') for name in 'wkvrg'])
         xw, xk, xv, xr, xg = torch.addcmul(x, delta, maa + change).unbind()
         w = self.time_decay + torch.tanh(xw @ self.time_decay_w1) @ self.time_decay_w2
-        r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
-        y = bi_wkv6(r, k, v, w, self.time_faaaa)
+        return self.receptance(xr), self.key(xk), self.value(xv), w, self.gate(xg)
+
+    def _gated(self, y: Tensor, gate: Tensor) -> Tensor:
         if self.key_norm is not None:
             y = self.key_norm(y)
-        y = self.ln_x(y.flatten(0, 1)).view_as(x)  # over the heads of each token
-        return self.output(y * F.silu(self.gate(xg)))
+        y = self.ln_x(y.flatten(0, 1)).view_as(y)  # over the heads of each token
+        return self.output(y * F.silu(gate))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import check_int
+from .pieces import piece_size
 
 
 class PatchEmbed(nn.Module):
@@ -62,9 +63,20 @@ class PatchEmbed(nn.Module):
                 f'expected floating-point images, got {x.dtype}: normalise them first, for '
                 'instance with the data_preprocessor'
             )
+        size = piece_size(x)
+        if size is not None and x.shape[2] * x.shape[3] > size * self.patch_size**2:
+            return self._embed_strips(x, size)
         x = self.projection(x)
         height, width = x.shape[2:]
         if torch.jit.is_tracing():
             # In a trace, as for FLOP counts, shapes are tensors; operators take integers.
             height, width = int(height), int(width)
         return x.flatten(2).transpose(1, 2), (height, width)
+
+    def _embed_strips(self, x: Tensor, tokens: int) -> tuple[Tensor, tuple[int, int]]:
+        """Embed strips of the image of about so many tokens; a convolution may copy its input."""
+        height, width = (side // self.patch_size for side in x.shape[2:])
+        x = x[:, :, : height * self.patch_size]
+        strips = x.split(max(1, tokens // width) * self.patch_size, dim=2)
+        embedded = [self.projection(strip).flatten(2).transpose(1, 2) for strip in strips]
+        return torch.cat(embedded, dim=1), (height, width)

@@ -17,7 +17,7 @@ class VRWKVLayer(ResidualLayer):
 
     Args:
         embed_dims: Channels of a token, C.
-        att: The spatial mix, called with tokens and their grid.
+        att: The spatial mix, called with tokens, their grid and, with pre-norm, the norm layer.
         ffn: The channel mix, likewise.
         first: Whether this is the first layer of the stack.
         drop_path: Probability of dropping a residual branch.
@@ -58,7 +58,7 @@ class VRWKVLayer(ResidualLayer):
         gamma: Tensor | None,
         resolution: tuple[int, int] | None,
     ) -> Tensor:
-        y = norm(mix(x, resolution)) if self.post_norm else mix(norm(x), resolution)
+        y = norm(mix(x, resolution)) if self.post_norm else mix(x, resolution, norm)
         y = self.drop_path(y)
         return x + y if gamma is None else torch.addcmul(x, gamma, y)
 
