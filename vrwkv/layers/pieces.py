@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 # Tokens of a piece: few enough for a CPU's caches. A GPU needs more to be busy.
-CPU_TOKENS, GPU_TOKENS = 4096, 65536
+CPU_TOKENS, GPU_TOKENS = 2048, 65536
 
 
 def piece_size(x: Tensor) -> int | None:
