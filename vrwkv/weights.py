@@ -299,6 +299,37 @@ def fit_pos_embed(module: nn.Module, state_dict: dict[str, Tensor], prefix: str 
     state_dict[key] = torch.cat([pos_embed[:, :slots], resized], dim=1)
 
 
+# --- the channels of images ---------------------------------------------------------------------
+
+
+def fit_channels(module: nn.Module, state_dict: dict[str, Tensor], prefix: str = '') -> None:
+    """Adapt weights for three channels to a backbone for images with another number.
+
+    The rule is that of :func:`adapt_channels`.
+
+    Args:
+        module: A backbone.
+        state_dict: The weights, changed in place. Weights for another number stay as they are.
+        prefix: The prefix of the backbone's own names in it.
+
+    Warns:
+        UserWarning: If the weights are adapted.
+    """
+    own = dict(module.named_parameters())
+    for name in ('patch_embed.projection.weight', 'spm.stem.0.weight'):
+        weight = state_dict.get(prefix + name)
+        if name not in own or weight is None or weight.dim() != 4 or weight.shape[1] != 3:
+            continue
+        channels = own[name].shape[1]
+        if channels != 3:
+            state_dict[prefix + name] = adapt_channels(weight, channels)
+            warnings.warn(
+                f'{prefix + name} is for images with 3 channels and is adapted to {channels}: '
+                'train the model before you use it',
+                stacklevel=4,
+            )
+
+
 # --- classifiers --------------------------------------------------------------------------------
 
 

@@ -11,8 +11,7 @@ from mmseg.registry import DATASETS
 
 from vrwkv.engine.images import ImageChecks, size_of
 
-# Default of mmseg's data sets, transforms, heads and metrics.
-IGNORE_INDEX = 255
+from .rasters import IGNORE_INDEX, LoadRasterAnnotations
 
 
 class CheckedLabels(ImageChecks):
@@ -21,7 +20,8 @@ class CheckedLabels(ImageChecks):
     mmseg reads label maps as 8-bit numbers, so that 256 becomes class 0; it accepts any size; and
     its ``IoUMetric`` counts a label outside the classes neither as right nor as wrong. Here a label
     map must have one channel, the size of its image as the pipeline loads it, and no other labels
-    than the classes and 255, which is ignored, like 0 with ``reduce_zero_label``.
+    than the classes and 255, which is ignored, like 0 with ``reduce_zero_label``. Rasters are read
+    where the pipeline has ``LoadRaster`` and ``LoadRasterAnnotations``.
 
     Raises:
         ValueError: When the files are listed, if there is none, or if there are no or too many
@@ -65,8 +65,11 @@ class CheckedLabels(ImageChecks):
             self._checked.add(path)
 
     def _check(self, image: np.ndarray, img_path: str, seg_map_path: str) -> None:
-        content = fileio.get(seg_map_path, backend_args=self.backend_args)
         loaders = [t for t in self.pipeline.transforms if isinstance(t, LoadAnnotations)]
+        if loaders and isinstance(loaders[0], LoadRasterAnnotations):
+            self._check_labels(image, img_path, loaders[0].read(seg_map_path), seg_map_path)
+            return
+        content = fileio.get(seg_map_path, backend_args=self.backend_args)
         backend = loaders[0].imdecode_backend if loaders else 'pillow'
         try:
             labels = mmcv.imfrombytes(content, flag='unchanged', backend=backend)
@@ -81,6 +84,11 @@ class CheckedLabels(ImageChecks):
                 f'the label map {seg_map_path} holds {_describe(labels)}: expected one channel of '
                 'whole numbers, the indices of classes. Convert colours to indices first'
             )
+        self._check_labels(image, img_path, labels, seg_map_path)
+
+    def _check_labels(
+        self, image: np.ndarray, img_path: str, labels: np.ndarray, seg_map_path: str
+    ) -> None:
         if image.shape[:2] != labels.shape:
             hint = 'they must be of one size'
             if image.shape[:2] == labels.shape[::-1]:

@@ -268,7 +268,8 @@ def test_trains_and_predicts(name):
     # Nothing is filled up: mmseg's class weights cannot deal with ignored pixels.
     sample = SegDataSample(metainfo=dict(ori_shape=(64, 96), img_shape=(64, 96)))
     sample.gt_sem_seg = PixelData(data=torch.randint(classes, (1, 64, 96)))
-    image = torch.randint(256, (3, 64, 96), dtype=torch.uint8)
+    bands = cfg.model.backbone.get('in_channels', 3)
+    image = torch.randint(256, (bands, 64, 96), dtype=torch.uint8)
     batch = dict(inputs=[image] * 2, data_samples=[sample, sample.clone()])
     data = model.data_preprocessor(batch, training=True)
     losses = model(**data, mode='loss')

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..layers import PatchEmbed, resize_pos_embed
 from ..layers._checks import check_choice, check_int, check_rate
-from ..weights import fit_pos_embed, record_grid, require_fit
+from ..weights import fit_channels, fit_pos_embed, record_grid, require_fit
 
 # For torch.fx, resizing is one step: it depends on sizes that a symbolic trace does not have.
 torch.fx.wrap('resize_pos_embed')
@@ -21,8 +21,9 @@ INTERPOLATE_MODES = ('bicubic', 'bilinear')
 class PlainBackbone(nn.Module):
     """A plain backbone: patch and position embedding, layers of one width, a final norm layer.
 
-    Loading weights resizes the position embedding if the grids differ, and raises an error if the
-    weights are those of another model, with ``strict=False`` too. If the grid is not square, the
+    Loading weights resizes the position embedding if the grids differ, adapts a first convolution
+    for three channels to ``in_channels`` (with a warning), and raises an error if the weights are
+    those of another model, with ``strict=False`` too. If the grid is not square, the
     state dict has it as ``pos_embed_grid``.
 
     Args:
@@ -169,6 +170,7 @@ class PlainBackbone(nn.Module):
         self, state_dict: dict[str, Tensor], prefix: str, *args, **kwargs
     ) -> None:
         fit_pos_embed(self, state_dict, prefix)
+        fit_channels(self, state_dict, prefix)
         require_fit(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
