@@ -111,7 +111,7 @@ def test_all_bands_as_they_are(scope, tmp_path):
         np.testing.assert_array_equal(load(path, color_type='unchanged'), image)
     for bands in (2, 6):
         path = write(tmp_path / 'a.tif', stack(bands))
-        with pytest.raises(ValueError, match=r'imdecode_backend=.tifffile. or a transform'):
+        with pytest.raises(ValueError, match=r'imdecode_backend=.tifffile., a transform'):
             load(path, color_type='unchanged')
 
 

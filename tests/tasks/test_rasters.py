@@ -13,6 +13,7 @@ from mmseg.registry import DATASETS, TRANSFORMS
 import vrwkv_seg  # noqa: F401
 from vrwkv.analysis.models import load_model
 from vrwkv.backbones import VRWKV, VRWKV6, ViT, VRWKVAdapter
+from vrwkv.engine import cli
 
 CONFIG = 'configs/segmentation/upernet_vrwkv-adapter-nano_1xb8-1k_digit-rasters-96x96.py'
 TRANSFORM = rasterio.transform.from_origin(500_000, 5_400_000, 0.5, 0.5)
@@ -151,6 +152,36 @@ def test_weights_for_three_bands_serve_others(kind, arguments):
             found = model(image.expand(-1, channels, -1, -1))
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+# --- docs/rasters.md ----------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures('training_environment')
+def test_tutorial(load_script, repository, tmp_path):
+    """Rasters, their statistics, a short training and a map on the raster's grid."""
+    root = load_script('demo/digit_rasters.py').write_rasters(tmp_path / 'data', 6, 2, 2)
+    bands = tmp_path / 'bands.py'
+    images = map(str, sorted(root.glob('images/training/*.tif')))
+    load_script('tools/analysis_tools/band_statistics.py').main([*images, '--out', str(bands)])
+    data = dict(num_workers=0, persistent_workers=False, dataset=dict(data_root=str(root)))
+    config = tmp_path / 'short.py'
+    config.write_text(f"""
+_base_ = [{str(repository / CONFIG)!r}]
+model = {Config.fromfile(bands).model.to_dict()!r}
+train_dataloader = dict(batch_size=2, **{data!r})
+val_dataloader = test_dataloader = {data!r}
+param_scheduler = []
+train_cfg = dict(max_iters=2, val_interval=2)
+""")
+    cli.train([str(config), '--work-dir', str(tmp_path / 'work')])
+    out = tmp_path / 'map.tif'
+    files = (config, tmp_path / 'work/iter_2.pth', root / 'large.tif', out)
+    assert load_script('tools/predict_raster.py').main([*map(str, files), '--overlap', '32']) == 0
+    with rasterio.open(out) as found, rasterio.open(root / 'large.tif') as large:
+        assert (found.crs, found.transform) == (large.crs, large.transform)
+        assert found.colormap(1)[1][:3] != (0, 0, 0) and found.tags()['class_0'] == 'background'
+        np.testing.assert_array_equal(found.read(1) == 255, (large.read() == 0).any(0))
 
 
 # --- maps ---------------------------------------------------------------------------------------

@@ -163,7 +163,7 @@ def require_readable(path: str, header: ImageHeader, color_type: str, backend: s
             f'{color_type!r} reads at most {most}, and not 2: the others would be lost. For a '
             'model that takes them all, load them with '
             + (
-                "imdecode_backend='tifffile' or a transform of your own (in segmentation: LoadRaster)"
+                "imdecode_backend='tifffile', a transform of your own, or LoadRaster in mmseg"
                 if header.bands + header.alpha not in (3, 4)
                 else "color_type='unchanged'"
             )
