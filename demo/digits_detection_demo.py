@@ -24,7 +24,8 @@ from torchvision.ops import box_iou
 from vrwkv.analysis.drawing import picture
 
 CONFIG = ROOT / 'configs/detection/mask-rcnn_vrwkv-adapter-nano_fpn_1xb8-10e_digit-scenes.py'
-SCORE = 0.5  # detections with a higher score are drawn
+SCORE = 0.3  # detections with a higher score are drawn
+CROWDED = 10  # more objects than this leave little room for labels
 
 
 class Found(NamedTuple):
@@ -104,9 +105,12 @@ def draw(
         for name, key in (('boxes', 'coco/bbox_mAP_50'), ('masks', 'coco/segm_mAP_50'))
         if key in metrics
     ]
-    columns = 4
-    rows = -(-len(detections) // columns)
-    size = (13, 3.25 * rows + 1.3)
+    images = [np.asarray(Image.open(path).convert('RGB')) for path in detections]
+    crowded = max(map(len, detections.values())) > CROWDED
+    columns = 3 if crowded else 4
+    rows = -(-len(images) // columns)
+    height, width, _ = images[0].shape
+    size = (13, 13 * rows / columns * height / width + 1.3)
     with picture(out, rows, columns, figsize=size, dpi=110, squeeze=False) as (fig, axes):
         fig.suptitle(
             f'{model} on unseen images\nAP50 {", ".join(kinds)}. Red: wrong, dashed: missed',
@@ -114,14 +118,13 @@ def draw(
         )
         for ax in axes.flat:
             ax.axis('off')
-        for ax, (path, found) in zip(axes.flat, detections.items(), strict=False):
-            image = np.asarray(Image.open(path).convert('RGB'))
+        for ax, image, found in zip(axes.flat, images, detections.values(), strict=False):
             ax.imshow(image, extent=(0, image.shape[1], image.shape[0], 0))
             for item in found:
-                _draw_object(ax, item)
+                _draw_object(ax, item, crowded)
 
 
-def _draw_object(ax: mpl.axes.Axes, item: Found) -> None:
+def _draw_object(ax: mpl.axes.Axes, item: Found, crowded: bool) -> None:
     colour = RIGHT if item.right else WRONG
     left, top, right, bottom = item.box
     missed = item.score is None
@@ -135,10 +138,12 @@ def _draw_object(ax: mpl.axes.Axes, item: Found) -> None:
         overlay = np.zeros((*item.mask.shape, 4))
         overlay[item.mask] = mpl.colors.to_rgba(colour, 0.65)
         ax.imshow(overlay, extent=(0, item.mask.shape[1], item.mask.shape[0], 0))
+    if missed and crowded:
+        return
     text = f'{item.label} missed' if missed else f'{item.label}  {item.score:.2f}'
     above = top > 10
     ax.text(
-        left, top - 1 if above else bottom + 1, text, color='white', fontsize=9,
+        left, top - 1 if above else bottom + 1, text, color='white', fontsize=6.5 if crowded else 9,
         va='bottom' if above else 'top',
         bbox=dict(facecolor=colour, edgecolor='none', pad=1.2),
     )  # fmt: skip

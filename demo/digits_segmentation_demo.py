@@ -61,7 +61,8 @@ def draw(
     """Draw images, truths and predictions side by side."""
     side_by_side = 2
     rows, columns = -(-len(results) // side_by_side), 3 * side_by_side
-    size = (13, 2.15 * rows + 1.6)
+    height, width = results[0].truth.shape
+    size = (13, 13 * rows / columns * height / width + 1.6)
     colours = np.zeros((256, 3), np.uint8)  # ignored pixels are black
     colours[: len(palette)] = palette
     with picture(out, rows, columns, figsize=size, dpi=110, squeeze=False) as (fig, axes):

@@ -72,7 +72,7 @@ def main() -> None:
             time_taken, memory = run_in_new_process(
                 measure, config, mode, tuple(args.size), args.device, args.repeats, args.threads
             )
-            rows.append((Path(config).stem, mode, f'{time_taken:.1f}', f'{memory / 2**30:.2f}'))
+            rows.append((Path(config).stem, mode, f'{time_taken:.2f}', f'{memory / 2**30:.2f}'))
     print(markdown_table(('config', 'mode', 'time (s)', 'peak memory (GiB)'), rows))
 
 
