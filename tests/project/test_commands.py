@@ -26,7 +26,9 @@ LISTED = subprocess.run(
     ['git', 'ls-files', '--cached', '--others', '--exclude-standard', '*.md'],
     cwd=ROOT, check=True, capture_output=True, text=True,
 ).stdout  # fmt: skip
-PROGRAMS = ('python', 'pip', 'pre-commit', 'uv', 'mim', 'make', 'torchrun', 'srun', 'g++')
+PROGRAMS = (
+    'python', 'pip', 'pre-commit', 'uv', 'mim', 'make', 'torchrun', 'srun', 'g++', 'git', 'find',
+)  # fmt: skip
 BUILT = ('run_aoti',)  # by a command before; tests/tools/test_export.py builds and runs it
 RECORD = """#!/bin/sh
 { printf '%s\\t' "$(basename "$0")" "$@"; echo; } >> "$COMMANDS"
@@ -178,7 +180,7 @@ def run_recorded(program, arguments, checkout, monkeypatch, seen):
         else:
             run_script(path, arguments[1:], monkeypatch)
     else:
-        assert program in ('pre-commit', 'g++', *BUILT)
+        assert program in ('pre-commit', 'g++', 'git', 'find', *BUILT)
 
 
 @pytest.mark.parametrize('page', PAGES)

@@ -85,5 +85,10 @@ def read_annotation(path: Path, image: Path) -> tuple[tuple[int, int], list]:
     return size, boxes
 
 
-if __name__ == '__main__':
+def main() -> None:
+    """Convert from the command line."""
     run(convert, __doc__)
+
+
+if __name__ == '__main__':
+    main()

@@ -70,5 +70,10 @@ def read_labels(path: Path, image: Path) -> np.ndarray:
     return np.where(labels == VOID, IGNORED, labels).astype(np.uint8)
 
 
-if __name__ == '__main__':
+def main() -> None:
+    """Convert from the command line."""
     run(convert, __doc__)
+
+
+if __name__ == '__main__':
+    main()

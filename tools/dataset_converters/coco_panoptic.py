@@ -94,5 +94,10 @@ def describe(mask: np.ndarray) -> dict:
     )
 
 
-if __name__ == '__main__':
+def main() -> None:
+    """Convert from the command line."""
     run(convert, __doc__)
+
+
+if __name__ == '__main__':
+    main()
