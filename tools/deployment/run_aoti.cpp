@@ -4,9 +4,9 @@
 //
 // It prints the shape and the first values of each output for images of ones, to compare with
 // PyTorch. Build it with g++ and a Python that has torch (docs/deployment.md has the line).
+#include <ATen/ATen.h>
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
-#include <torch/torch.h>
 
 #include <algorithm>
 #include <cstdio>
@@ -31,12 +31,12 @@ int main(int argc, char** argv) {
   try {
     const c10::InferenceMode guard;
     torch::inductor::AOTIModelPackageLoader package(argv[1]);
-    for (const torch::Tensor& output : package.run({torch::ones(shape)})) {
+    for (const at::Tensor& output : package.run({at::ones(shape)})) {
       std::printf("shape");
       for (const int64_t side : output.sizes()) {
         std::printf(" %lld", static_cast<long long>(side));
       }
-      const torch::Tensor values = output.contiguous().flatten();
+      const at::Tensor values = output.contiguous().flatten();
       std::printf("\nvalues");
       for (int64_t i = 0; i < std::min<int64_t>(5, values.numel()); ++i) {
         std::printf(" %.6g", values[i].item<float>());
