@@ -12,7 +12,7 @@ with explain_missing('vrwkv_seg', extra='segmentation', brings=('mmseg', 'mmcv',
     from vrwkv.analysis import register_flop_handlers
     from vrwkv.engine import patches
 
-    from . import datasets, hooks, models, rasters  # noqa: F401
+    from . import datasets, hooks, lean, models, rasters  # noqa: F401
 
     patches.read_checkpoints_safely()
     patches.find_packages_without_pkg_resources()

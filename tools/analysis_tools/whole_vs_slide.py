@@ -1,4 +1,4 @@
-"""Measure time and peak memory of segmenting an image whole and in sliding windows.
+"""Measure time and peak memory of segmenting an image whole, lean and in sliding windows.
 
 Weights are random: neither time nor memory depends on them.
 """
@@ -15,7 +15,7 @@ from vrwkv.analysis.measurement import memory_in_use, peak_memory, run_in_new_pr
 from vrwkv.analysis.models import build_model, read_config
 from vrwkv_ops.benchmarking import markdown_table
 
-MODES = ('whole', 'slide')
+MODES = ('whole', 'lean', 'slide')
 
 
 def measure(
@@ -25,7 +25,8 @@ def measure(
 
     Args:
         config: The config of a segmentor.
-        mode: ``'whole'``, or ``'slide'`` with the windows of the config.
+        mode: ``'whole'``; ``'lean'``, the same by ``LeanEncoderDecoder`` and ``LeanUPerHead``; or
+            ``'slide'`` with the windows of the config.
         size: Height and width of the image in pixels.
         device: The device.
         repeats: Number of runs; the fastest counts.
@@ -35,10 +36,13 @@ def measure(
         The time in seconds, and the peak of memory minus that of model and image, in bytes.
     """
     torch.set_num_threads(threads)
-    model = build_model(read_config(config)).to(device)
+    cfg = read_config(config)
+    if mode == 'lean':
+        cfg.model.type, cfg.model.decode_head.type = 'LeanEncoderDecoder', 'LeanUPerHead'
+    model = build_model(cfg).to(device)
     from mmseg.structures import SegDataSample  # needs mmcv's operators, which the config brings
 
-    model.test_cfg.mode = mode
+    model.test_cfg.mode = 'slide' if mode == 'slide' else 'whole'
     sample = SegDataSample(metainfo=dict(ori_shape=size, img_shape=size))
     image = torch.zeros(input_channels(model), *size, dtype=torch.uint8)
     data = dict(inputs=[image], data_samples=[sample])
