@@ -86,7 +86,8 @@ def test_autograd_is_the_same(name, args):
             assert not a.requires_grad
             torch.testing.assert_close(a, b.detach())
         needed = [y.requires_grad for y in results]
-        total = sum(y.sin().sum() for y in results if y.requires_grad)
+        # Of small arguments: the sine of a large one magnifies the rounding of the results.
+        total = sum((y / 8).sin().sum() for y in results if y.requires_grad)
         wanted = [x for x in tensors(leaves) if x.requires_grad]
         if name.endswith('_backward') or (args[-1] is False and name == 'bi_wkv_forward'):
             gradients, error = [], message(total.backward)

@@ -17,9 +17,10 @@ ops = torch.ops.vrwkv_ops
 
 def make_inputs(device, dtype=torch.float32, shape=(2, 6, 8), grad=True):
     accumulation = torch.float64 if dtype == torch.float64 else torch.float32
-    w, u = (torch.randn(shape[-1], device=device, dtype=accumulation) for _ in range(2))
-    k, v = (torch.randn(shape, device=device, dtype=dtype) for _ in range(2))
-    return [x.requires_grad_(grad) for x in (w, u, k, v)]
+    generator = torch.Generator().manual_seed(0)
+    w, u = (torch.randn(shape[-1], dtype=accumulation, generator=generator) for _ in range(2))
+    k, v = (torch.randn(shape, dtype=dtype, generator=generator) for _ in range(2))
+    return [x.to(device).requires_grad_(grad) for x in (w, u, k, v)]
 
 
 def schema_calls(name, inputs, mode):
