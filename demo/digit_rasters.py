@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import rasterio
-from digit_scenes import ROOT, Scene, scenes
+from digit_scenes import FOLDERS, ROOT, Scene, scenes
 from rasterio.transform import from_origin
 
 from vrwkv._files import new_folder
@@ -20,7 +20,6 @@ from vrwkv._files import new_folder
 PIXEL = 0.5  # metres
 NODATA = 0
 SCALE = 40  # 16-bit numbers of one grey level
-FOLDERS = dict(train='training', val='validation')
 
 
 def bands(scene: Scene) -> np.ndarray:
@@ -28,14 +27,6 @@ def bands(scene: Scene) -> np.ndarray:
     red, green, blue = scene.image.transpose(2, 0, 1).astype(np.uint16)
     infrared = np.where(scene.masks.any(0), 255, (2 * green + 255 - blue) // 6)
     return 1 + SCALE * np.stack([red, green, blue, infrared])
-
-
-def label_map(scene: Scene) -> np.ndarray:
-    """Return the label map of a scene: 0 for the background and d + 1 for the digit d."""
-    labels = np.zeros(scene.masks.shape[1:], np.uint8)
-    for label, mask in zip(scene.labels, scene.masks, strict=True):
-        labels[mask] = label + 1
-    return labels
 
 
 def write(path: Path, values: np.ndarray, nodata: int) -> None:
@@ -79,14 +70,14 @@ def write_rasters(root: Path, train: int, val: int, side: int, size: int = 96) -
             for index, scene in enumerate(scenes(split, count, **options)):
                 name = f'{index:05d}.tif'
                 write(part / 'images' / folder / name, bands(scene), NODATA)
-                write(part / 'annotations' / folder / name, label_map(scene)[None], 255)
+                write(part / 'annotations' / folder / name, scene.label_map()[None], 255)
         drawn = scenes('val', side * side, seed=1, **options)
         large = np.zeros((4, side * size, side * size), np.uint16)
         truth = np.full((1, side * size, side * size), 255, np.uint8)
         for index, scene in enumerate(drawn):
             top, left = (size * x for x in divmod(index, side))
             place = (slice(None), slice(top, top + size), slice(left, left + size))
-            large[place], truth[place] = bands(scene), label_map(scene)
+            large[place], truth[place] = bands(scene), scene.label_map()
         large[:, :, : size // 2], truth[:, :, : size // 2] = NODATA, 255
         write(part / 'large.tif', large, NODATA)
         write(part / 'large_truth.tif', truth, 255)

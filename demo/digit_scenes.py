@@ -24,6 +24,7 @@ from vrwkv._files import new_folder
 ROOT = Path(__file__).resolve().parents[1]
 DIGITS = tuple(map(str, range(10)))
 SPLITS = ('train', 'val')
+FOLDERS = dict(train='training', val='validation')  # those of ADE20K
 HELD_OUT = 1 / 5  # of the digits
 EDGE = 0.62  # fraction of a photograph's width for training; the rest is for validation
 
@@ -34,6 +35,13 @@ class Scene(NamedTuple):
     image: np.ndarray  #: RGB of shape (size, size, 3), uint8.
     labels: list[int]  #: The N digits, 0 to 9, in the order of pasting.
     masks: np.ndarray  #: Their visible pixels, of shape (N, size, size), bool.
+
+    def label_map(self) -> np.ndarray:
+        """Return 0 for the background and d + 1 for the digit d, of shape (size, size)."""
+        labels = np.zeros(self.masks.shape[1:], np.uint8)
+        for label, mask in zip(self.labels, self.masks, strict=True):
+            labels[mask] = label + 1
+        return labels
 
 
 def scenes(
@@ -222,16 +230,13 @@ def write_ade20k(
     """
 
     def write(part: Path, split: str, drawn: Iterator[Scene]) -> None:
-        folder = dict(train='training', val='validation')[split]
+        folder = FOLDERS[split]
         for kind in ('images', 'annotations'):
             (part / kind / folder).mkdir(parents=True)
         for index, scene in enumerate(drawn):
             name = f'{index:05d}.png'
-            labels = np.zeros((size, size), np.uint8)
-            for label, mask in zip(scene.labels, scene.masks, strict=True):
-                labels[mask] = label + 1
             Image.fromarray(scene.image).save(part / 'images' / folder / name)
-            Image.fromarray(labels).save(part / 'annotations' / folder / name)
+            Image.fromarray(scene.label_map()).save(part / 'annotations' / folder / name)
 
     settings = dict(size=size, seed=seed, digits=tuple(digits), sides=tuple(sides), white=white)
     return _write(root, write, dict(train=train, val=val), settings)
