@@ -27,6 +27,17 @@ VRWKV_FN void for_each_group(const ShiftGeometry& geometry, int64_t channels, co
   }
 }
 
+// Loads a block of a token, or zeros for a negative token. The CPU loads zeros, too: with a branch g++ makes scalar code.
+template <typename T, int kLanes, typename scalar_t>
+VRWKV_FN void load_token(Vector<T, kLanes>& to, const vrwkv_ops::View<scalar_t>& from, int64_t b, int64_t t, int64_t c) {
+#if defined(__CUDA_ARCH__)
+  if (t >= 0) load(to, from.row(b, t, c), 1, kLanes);
+#else
+  alignas(64) static constexpr scalar_t zeros[kLanes] = {};
+  load(to, t >= 0 ? from.row(b, t, c) : zeros, 1, kLanes);
+#endif
+}
+
 // Computes channels c to c + kLanes of token t of image b, which lie in one group and side by side. The group takes token
 // `from`, or zeros if that is negative.
 template <int kMixes, int kLanes, typename scalar_t>
@@ -34,7 +45,7 @@ VRWKV_FN void shift_forward(const TokenShiftForwardParams<scalar_t>& p, int64_t 
   using Block = Vector<acc_type<scalar_t>, kLanes>;
   Block own, moved, mix, out;
   load(own, p.x.row(b, t, c), 1, kLanes);
-  if (from >= 0) load(moved, p.x.row(b, from, c), 1, kLanes);
+  load_token(moved, p.x, b, from, c);
   const int64_t offset = (b * p.geometry.tokens() + t) * p.channels + c;
   for (int n = 0; n < kMixes; ++n) {
     load(mix, p.mixes + n * p.channels + c, 1, kLanes);
@@ -51,13 +62,13 @@ VRWKV_FN void shift_backward(const TokenShiftBackwardParams<scalar_t>& p, int64_
   using Block = Vector<acc_type<scalar_t>, kLanes>;
   Block own, moved, gx;
   load(own, p.x.row(b, t, c), 1, kLanes);
-  if (from >= 0) load(moved, p.x.row(b, from, c), 1, kLanes);
+  load_token(moved, p.x, b, from, c);
   for (int n = 0; n < kMixes; ++n) {
     Block mix, here, there;
     const auto& grad = p.grads[n];
     load(mix, p.mixes + n * p.channels + c, 1, kLanes);
     load(here, grad.row(b, t, c), 1, kLanes);
-    if (to >= 0) load(there, grad.row(b, to, c), 1, kLanes);
+    load_token(there, grad, b, to, c);
     for (int j = 0; j < kLanes; ++j) {
       gx.x[j] = multiply_add(here.x[j], mix.x[j], multiply_add(there.x[j], 1 - mix.x[j], gx.x[j]));
       gmixes[n].x[j] = multiply_add(here.x[j], own.x[j] - moved.x[j], gmixes[n].x[j]);
