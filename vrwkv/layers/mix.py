@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from vrwkv_ops import bi_wkv, sigmoid_gate, squared_relu
 
 from ._checks import check_choice, check_number
 from .pieces import in_pieces
+from .recompute import Recompute, autocast_dtype
 from .token_shift import TokenShift
 
 INIT_MODES = ('fancy', 'local', 'global')
@@ -71,13 +73,25 @@ class BaseMix(nn.Module):
 
     def _shifted(
         self,
+        recompute: Recompute,
         x: Tensor,
         mixes: tuple[Tensor | None, ...],
         resolution: tuple[int, int] | None,
         norm: nn.Module | None,
     ) -> tuple[Tensor, ...]:
         """Normalise tokens and mix them with their shifted neighbours."""
-        return self.shift(x if norm is None else norm(x), mixes, resolution)
+
+        def shift(x: Tensor) -> tuple[Tensor, ...]:
+            results = self.shift(x, mixes, resolution)
+            dtype = autocast_dtype(x.device)
+            if dtype is None or x.dtype == torch.float64:
+                return results
+            # As each linear layer would convert by itself; autograd would then keep the copies.
+            return tuple(y.to(dtype) for y in results)
+
+        if norm is not None:
+            x = recompute.cheap(norm, x)
+        return recompute.cheap(shift, x)
 
     def _init_linears(self) -> None:
         for module in self.children():
@@ -166,21 +180,23 @@ class SpatialMix(BaseMix):
         """
         tokens = x.shape[1]
         mixes = (self.spatial_mix_k, self.spatial_mix_v, self.spatial_mix_r)
-        xk, xv, xr = self._shifted(x, mixes, resolution, norm)
+        recompute = Recompute(x)
+        xk, xv, xr = self._shifted(recompute, x, mixes, resolution, norm)
         # What is not needed any more is freed, which counts in inference on large images.
-        k = self.key(xk)
+        k = recompute.use(self.key, xk)
         del xk
-        v = self.value(xv)
+        v = recompute.use(self.value, xv)
         del xv
         decay, first = self.spatial_decay / tokens, self.spatial_first / tokens
         y = bi_wkv(decay, first, k, v, causal=self.causal)
         del k, v
-        return in_pieces(self._gated, xr, y)
+        return in_pieces(partial(self._gated, recompute), xr, y)
 
-    def _gated(self, xr: Tensor, y: Tensor) -> Tensor:
+    def _gated(self, recompute: Recompute, xr: Tensor, y: Tensor) -> Tensor:
         if self.key_norm is not None:
-            y = self.key_norm(y)
-        return self.output(sigmoid_gate(self.receptance(xr), y))
+            y = recompute.cheap(self.key_norm, y)
+        r = recompute.use(self.receptance, xr)
+        return recompute.use(self.output, recompute.cheap(sigmoid_gate, r, y))
 
 
 class ChannelMix(BaseMix):
@@ -255,10 +271,12 @@ class ChannelMix(BaseMix):
             ValueError: If a Q-Shift has no grid, or one that does not match ``T``.
         """
         mixes = (self.spatial_mix_k, self.spatial_mix_r)
-        return in_pieces(self._gated, *self._shifted(x, mixes, resolution, norm))
+        recompute = Recompute(x)
+        inputs = self._shifted(recompute, x, mixes, resolution, norm)
+        return in_pieces(partial(self._gated, recompute), *inputs)
 
-    def _gated(self, xk: Tensor, xr: Tensor) -> Tensor:
-        hidden = squared_relu(self.key(xk))
+    def _gated(self, recompute: Recompute, xk: Tensor, xr: Tensor) -> Tensor:
+        hidden = recompute.cheap(squared_relu, recompute.use(self.key, xk))
         if self.key_norm is not None:
-            hidden = self.key_norm(hidden)
-        return sigmoid_gate(self.receptance(xr), self.value(hidden))
+            hidden = recompute.cheap(self.key_norm, hidden)
+        return sigmoid_gate(recompute.use(self.receptance, xr), recompute.use(self.value, hidden))

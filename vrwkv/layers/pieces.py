@@ -21,14 +21,14 @@ def piece_size(x: Tensor) -> int | None:
         The number; None in training, and while PyTorch compiles, exports or traces: then all tokens
         are one piece.
     """
-    if (
-        torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or isinstance(x, torch.fx.Proxy)
-    ):
+    if torch.is_grad_enabled() or is_traced(x):
         return None
     return CPU_TOKENS if x.device.type == 'cpu' else GPU_TOKENS
+
+
+def is_traced(x: Tensor) -> bool:
+    """Return whether PyTorch compiles, exports or traces a computation."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or isinstance(x, torch.fx.Proxy)
 
 
 def in_pieces(
