@@ -24,6 +24,7 @@ train_pipeline = [
 ]
 test_pipeline = [
     dict(type='LoadImageFromFile'),
+    dict(type='Resize', scale=(480, 360), keep_ratio=True),  # no change, but for another scale
     dict(type='LoadAnnotations'),
     dict(type='PackSegInputs'),
 ]
