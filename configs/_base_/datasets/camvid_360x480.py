@@ -24,7 +24,7 @@ train_pipeline = [
 ]
 test_pipeline = [
     dict(type='LoadImageFromFile'),
-    dict(type='Resize', scale=(480, 360), keep_ratio=True),  # no change, but for another scale
+    dict(type='Resize', scale=(480, 360), keep_ratio=True),  # set another scale to enlarge
     dict(type='LoadAnnotations'),
     dict(type='PackSegInputs'),
 ]
