@@ -263,11 +263,13 @@ def test_bad_arguments_are_named(build, error, message):
     [
         dict(kind='VRWKV'),
         dict(kind='VRWKV', key_norm=True, post_norm=True, init_values=0.5),
+        dict(kind='VRWKV', shift_pixel=2),
+        dict(kind='VRWKV', shift_mode='double_shift', shift_pixel=3),
         dict(kind='VRWKV6', num_heads=2, key_norm=True),
     ],
 )
 def test_pieces_of_tokens_change_nothing(arguments, monkeypatch):
-    """Two images of 5 x 7 patches in pieces of 8 tokens, strips of one row and a rest."""
+    """Two images of 5 x 7 patches: in strips of a row, with the rows around it for the shift."""
     arguments = dict(arguments)
     torch.manual_seed(0)
     model = getattr(backbones, arguments.pop('kind'))(
@@ -284,6 +286,11 @@ def test_pieces_of_tokens_change_nothing(arguments, monkeypatch):
         module.register_forward_hook(lambda module, args, out: sizes.append(args[0].shape[1:]))
     with torch.no_grad():
         found = model(images)[0]
-    assert sizes == [(3, 4, 29)] * 5 + [(8, 32)] * 8 + [(6, 32)]
+    step = arguments.get('shift_pixel', 1)
+    if arguments.get('shift_mode') == 'double_shift':  # a token is a row
+        ffn = [(8, 32)] * 4 + [(3, 32)]
+    else:
+        ffn = [(min(step, 5 - top) * 7, 32) for top in range(0, 5, step)]
+    assert sizes == [(3, 4, 29)] * 5 + 2 * ffn
     # Products of matrices of other sizes may sum in another order: a few roundings.
     assert torch.allclose(found, expected, rtol=0, atol=2e-6 * expected.abs().max().item())

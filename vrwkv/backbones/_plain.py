@@ -107,12 +107,16 @@ class PlainBackbone(nn.Module):
             ValueError: If their rank, channels or size do not fit.
         """
         x, resolution = self.patch_embed(x)
-        x = x + resize_pos_embed(
+        embedding = resize_pos_embed(
             self.pos_embed[:, self.num_slots :],
             self.patch_resolution,
             resolution,
             self.interpolate_mode,
         )
+        if not torch.is_grad_enabled() and x.dtype == embedding.dtype:
+            x += embedding  # in place: inference on large images needs its memory
+        else:
+            x = x + embedding
         return self.drop_after_pos(x), resolution
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:

@@ -74,10 +74,10 @@ class BaseMix(nn.Module):
     def _shifted(
         self,
         recompute: Recompute,
-        x: Tensor,
-        mixes: tuple[Tensor | None, ...],
-        resolution: tuple[int, int] | None,
         norm: nn.Module | None,
+        mixes: tuple[Tensor | None, ...],
+        x: Tensor,
+        resolution: tuple[int, int] | None,
     ) -> tuple[Tensor, ...]:
         """Normalise tokens and mix them with their shifted neighbours."""
 
@@ -181,21 +181,20 @@ class SpatialMix(BaseMix):
         tokens = x.shape[1]
         mixes = (self.spatial_mix_k, self.spatial_mix_v, self.spatial_mix_r)
         recompute = Recompute(x)
-        xk, xv, xr = self._shifted(recompute, x, mixes, resolution, norm)
-        # What is not needed any more is freed, which counts in inference on large images.
-        k = recompute.use(self.key, xk)
-        del xk
-        v = recompute.use(self.value, xv)
-        del xv
+        shift = partial(self._shifted, recompute, norm, mixes)
+        project = partial(self._projected, recompute)
+        k, v, r = in_pieces(project, x, shift=shift, **self.shift.extent(resolution))
         decay, first = self.spatial_decay / tokens, self.spatial_first / tokens
         y = bi_wkv(decay, first, k, v, causal=self.causal)
-        del k, v
-        return in_pieces(partial(self._gated, recompute), xr, y)
+        del k, v  # for inference on large images
+        return in_pieces(partial(self._gated, recompute), r, y, out=y)
 
-    def _gated(self, recompute: Recompute, xr: Tensor, y: Tensor) -> Tensor:
+    def _projected(self, recompute: Recompute, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(map(recompute.use, (self.key, self.value, self.receptance), inputs))
+
+    def _gated(self, recompute: Recompute, r: Tensor, y: Tensor) -> Tensor:
         if self.key_norm is not None:
             y = recompute.cheap(self.key_norm, y)
-        r = recompute.use(self.receptance, xr)
         return recompute.use(self.output, recompute.cheap(sigmoid_gate, r, y))
 
 
@@ -272,8 +271,9 @@ class ChannelMix(BaseMix):
         """
         mixes = (self.spatial_mix_k, self.spatial_mix_r)
         recompute = Recompute(x)
-        inputs = self._shifted(recompute, x, mixes, resolution, norm)
-        return in_pieces(partial(self._gated, recompute), *inputs)
+        shift = partial(self._shifted, recompute, norm, mixes)
+        mix = partial(self._gated, recompute)
+        return in_pieces(mix, x, shift=shift, **self.shift.extent(resolution))
 
     def _gated(self, recompute: Recompute, xk: Tensor, xr: Tensor) -> Tensor:
         hidden = recompute.cheap(squared_relu, recompute.use(self.key, xk))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -126,16 +128,21 @@ class SpatialMix6(BaseMix):
         Raises:
             ValueError: If a Q-Shift has no grid, or one that does not match ``T``.
         """
+        shift, extent = partial(self._shifted, norm), self.shift.extent(resolution)
+        r, k, v, w, gate = in_pieces(self._projected, x, shift=shift, **extent)
+        y = bi_wkv6(r, k, v, w, self.time_faaaa)
+        del r, k, v, w  # for inference on large images
+        return in_pieces(self._gated, y, gate, out=y)
+
+    def _shifted(
+        self, norm: nn.Module | None, x: Tensor, resolution: tuple[int, int] | None
+    ) -> tuple[Tensor, ...]:
+        """Return normalised tokens, their first mixes and their neighbours."""
         if norm is not None:
             x = norm(x)
         # The shift's weights are those of the token itself: with 0, the neighbour alone remains.
         mixes = (1 - self.time_maa_x, torch.zeros_like(self.time_maa_x))
-        mixed, neighbour = self.shift(x, mixes, resolution)
-        r, k, v, w, gate = in_pieces(self._projected, x, mixed, neighbour)
-        del x, mixed, neighbour  # for inference on large images
-        y = bi_wkv6(r, k, v, w, self.time_faaaa)
-        del r, k, v, w
-        return in_pieces(self._gated, y, gate)
+        return x, *self.shift(x, mixes, resolution)
 
     def _projected(self, x: Tensor, mixed: Tensor, neighbour: Tensor) -> tuple[Tensor, ...]:
         """Return receptance, key, value, decay and gate."""

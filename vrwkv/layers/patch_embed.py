@@ -76,7 +76,11 @@ class PatchEmbed(nn.Module):
     def _embed_strips(self, x: Tensor, tokens: int) -> tuple[Tensor, tuple[int, int]]:
         """Embed strips of the image of about so many tokens; a convolution may copy its input."""
         height, width = (side // self.patch_size for side in x.shape[2:])
-        x = x[:, :, : height * self.patch_size]
-        strips = x.split(max(1, tokens // width) * self.patch_size, dim=2)
-        embedded = [self.projection(strip).flatten(2).transpose(1, 2) for strip in strips]
-        return torch.cat(embedded, dim=1), (height, width)
+        rows, side = max(1, tokens // width), self.patch_size
+        out = None
+        for top in range(0, height, rows):
+            strip = self.projection(x[:, :, top * side : min(top + rows, height) * side])
+            if out is None:
+                out = strip.new_empty(len(x), height * width, strip.shape[1])
+            out[:, top * width : (top + rows) * width] = strip.flatten(2).transpose(1, 2)
+        return out, (height, width)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -32,34 +33,56 @@ def is_traced(x: Tensor) -> bool:
 
 
 def in_pieces(
-    function: Callable[..., Tensor | tuple[Tensor, ...]], *tensors: Tensor
+    function: Callable[..., Tensor | tuple[Tensor, ...]],
+    *tensors: Tensor,
+    shift: Callable[..., tuple[Tensor, ...]] | None = None,
+    grid: tuple[int, int] | None = None,
+    reach: int = 0,
+    out: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
-    """Call a function of single tokens; in inference on pieces of tokens.
+    """Call a function of single tokens, after one of neighbours; in inference on pieces.
 
-    The temporaries of the function are then as large as a piece.
+    The temporaries of both are then as large as a piece, which is a strip of the grid with the rows
+    around it that the shift reads.
 
     Args:
         function: Maps tensors of shape ``(B, T, C)`` to a tensor or tensors ``(B, T, ...)``. A
             token of a result depends on that token of the arguments only.
-        *tensors: Its arguments.
+        *tensors: Its arguments, or those of ``shift``.
+        shift: Maps the tensors and their grid to the arguments of ``function``.
+        grid: The grid ``(H, W)`` of the tokens. Any will do without a shift.
+        reach: How many rows away a token may be on which a result of ``shift`` depends.
+        out: Memory for the result of pieces, if its dtype fits; may be one of the arguments if
+            ``reach`` is 0.
 
     Returns:
         What the function returns for all tokens.
     """
-    batch, tokens = tensors[0].shape[:2]
+
+    def call(piece: tuple[Tensor, ...], grid: tuple[int, int], own: slice = slice(None)):
+        if shift is not None:
+            piece = [x[:, own] for x in shift(*piece, grid)]
+        return function(*piece)
+
     size = piece_size(tensors[0])
-    if size is None or batch * tokens <= size:
-        return function(*tensors)
-    pieces = zip(*(x.flatten(0, 1).unsqueeze(0).split(size, dim=1) for x in tensors), strict=True)
-    start, outs = 0, None
-    for piece in pieces:
-        results = function(*piece)
+    batch, tokens = tensors[0].shape[:2]
+    height, width = grid or (tokens, 1)
+    # A wrong grid is left to the shift, which knows more about it.
+    if size is None or batch * tokens <= size or height * width != tokens:
+        return call(tensors, grid)
+    images, rows = max(1, size // tokens), max(1, reach, size // width)
+    outs = None
+    for first, top in product(range(0, batch, images), range(0, height, rows)):
+        bottom = min(top + rows, height)
+        start, stop = max(0, top - reach), min(height, bottom + reach)
+        where = slice(first, first + images), slice(start * width, stop * width)
+        own = slice((top - start) * width, (bottom - start) * width)
+        results = call([x[where] for x in tensors], (stop - start, width), own)
         single = isinstance(results, Tensor)
         results = (results,) if single else results
         if outs is None:
-            outs = [y.new_empty(1, batch * tokens, *y.shape[2:]) for y in results]
-        for out, y in zip(outs, results, strict=True):
-            out[:, start : start + y.shape[1]] = y
-        start += piece[0].shape[1]
-    outs = [out.view(batch, tokens, *out.shape[2:]) for out in outs]
+            fits = out is not None and out.dtype == results[0].dtype
+            outs = [out] if fits else [y.new_empty(batch, tokens, *y.shape[2:]) for y in results]
+        for y, whole in zip(results, outs, strict=True):
+            whole[first : first + images, top * width : bottom * width] = y
     return outs[0] if single else tuple(outs)

@@ -63,6 +63,11 @@ class TokenShift(nn.Module):
         """Whether there is a shift, and therefore a mix to learn."""
         return self.shift_mode != 'none'
 
+    def extent(self, resolution: tuple[int, int] | None) -> dict[str, object]:
+        """Return the grid on which the shift works and how many of its rows a token sees across."""
+        on_grid = self.shift_mode == 'q_shift'
+        return dict(grid=resolution if on_grid else None, reach=self.shift_pixel)
+
     def forward(
         self, x: Tensor, mixes: tuple[Tensor | None, ...], resolution: tuple[int, int] | None = None
     ) -> tuple[Tensor, ...]:
