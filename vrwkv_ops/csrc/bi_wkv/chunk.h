@@ -168,15 +168,19 @@ VRWKV_FN void fill_decay(const WkvParams<scalar_t>& p, int64_t c) {
   }
 }
 
-// The chunks of an image are joined in segments, which run in parallel on CUDA: the chunks of each segment are summed, then the
-// state of each chunk is replaced by the joint state of all chunks before it (after it, in direction 1). Positions count chunks
-// in the order of the direction.
+// The state of each chunk of an image is replaced by the joint state of all chunks before it (after it, in direction 1). On CUDA
+// segments of the chunks run in parallel; their sums are needed first. Positions count chunks in the order of the direction.
 constexpr int kSegments = 16;
 
 template <template <typename> class State>
 struct SegmentSum {
   PrefixState<State, double> carry;
   TokenSpan<double> passage;
+
+  VRWKV_FN void append(const SegmentSum& next, double steps) {
+    carry.append(next.carry, next.passage, steps);
+    passage.extend(next.passage);
+  }
 };
 
 template <template <typename> class State, typename P>
@@ -223,15 +227,8 @@ struct ChunkJoiner {
     }
   }
 
-  // `sums` holds the sums of all segments, `stride` apart.
-  VRWKV_FN void write_entering(int segment, const SegmentSum<State>* sums, int stride) const {
-    PrefixState<State, double> carried[kWidth];
-    for (int s = 0; s < segment; ++s) {
-      for (int j = 0; j < count; ++j) {
-        const SegmentSum<State>& sum = sums[s * stride + j];
-        carried[j].append(sum.carry, sum.passage, steps[j]);
-      }
-    }
+  // `carried` holds the joint states of all segments before this one.
+  VRWKV_FN void write_entering(int segment, PrefixState<State, double>* carried) const {
     for (int64_t i = first(segment); i < first(segment + 1); ++i) {
       const Chunk<scalar_t> chunk(p, b, index(i), c);
       ChannelVector own, entering;
@@ -245,14 +242,10 @@ struct ChunkJoiner {
   }
 };
 
-// On the CPU a single segment takes the fewest steps. Very long sequences use several, as on CUDA, so that CPU tests cover
-// them.
 template <template <typename> class State, typename P>
 VRWKV_FN void join_direction(const P& p, int64_t b, int64_t c, int direction) {
-  SegmentSum<State> sums[kSegments * kWidth];
-  const ChunkJoiner<State, P> joiner(p, b, c, direction, p.chunks < 256 ? 1 : kSegments);
-  for (int s = 0; s < joiner.segments - 1; ++s) joiner.sum_segment(s, sums + s * kWidth);
-  for (int s = 0; s < joiner.segments; ++s) joiner.write_entering(s, sums, kWidth);
+  PrefixState<State, double> carried[kWidth];
+  ChunkJoiner<State, P>(p, b, c, direction, 1).write_entering(0, carried);
 }
 
 template <typename T>

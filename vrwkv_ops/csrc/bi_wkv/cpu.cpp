@@ -44,6 +44,10 @@ void run_steps(const P& p, const PassKernels<P>& steps, void (*decay)(const WkvP
 }
 
 struct CpuBackend {
+  static std::tuple<at::Tensor, at::Tensor> sum_partials(const at::Tensor& gw, const at::Tensor& gu) {
+    return {vrwkv_ops::sum_partials(gw), vrwkv_ops::sum_partials(gu)};
+  }
+
   template <typename P>
   static vrwkv_ops::Chunking chunking(int64_t tokens) {
     const int64_t length = tokens <= kMaxChunk ? tokens : kChunk;

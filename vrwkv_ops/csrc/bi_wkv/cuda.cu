@@ -59,12 +59,6 @@ struct Occupancy<WkvBackwardParams<scalar_t>> {
   static constexpr int kBlocks = 1, kRows = 8;
 };
 
-template <typename scalar_t>
-__global__ void __launch_bounds__(kColumns) decay_kernel(const WkvParams<scalar_t> p) {
-  const int64_t c = static_cast<int64_t>(blockIdx.x) * kColumns + threadIdx.x;
-  if (c < p.channels) vrwkv::fill_decay(p, c);
-}
-
 // Copies the tile of a tensor to `to`, 16 bytes at a time if the tensor allows that, and fills tokens past the last with
 // `none`.
 template <typename P, typename scalar_t>
@@ -86,21 +80,23 @@ __device__ void load_tile(const SharedTile<P>& tile, scalar_t* to, const View<sc
   }
 }
 
-// Copies a tile to a contiguous tensor.
+// Copies a tile to a contiguous tensor, but for rows whose results are there already.
 template <typename P, typename scalar_t>
-__device__ void store_tile(const SharedTile<P>& tile, scalar_t* tensor, const scalar_t* from) {
+__device__ void store_tile(const SharedTile<P>& tile, scalar_t* tensor, const scalar_t* from,
+                           const bool (&is_stored)[kMaxRows]) {
   constexpr int kPack = kPackLanes<scalar_t>, kPieces = kColumns / kPack;
   scalar_t* const to = tensor + tile.offset(0);
   const int64_t channels = tile.p.channels;
   if (channels % kPack == 0 && is_aligned(to) && tile.has_column(kColumns - 1)) {
     for (int i = threadIdx.x; i < tile.tokens * kPieces; i += blockDim.x) {
       const int t = i / kPieces, column = i % kPieces * kPack;
+      if (is_stored[t / kMaxChunk]) continue;
       *reinterpret_cast<uint4*>(to + t * channels + column) = *reinterpret_cast<const uint4*>(from + t * kColumns + column);
     }
   } else {
     for (int i = threadIdx.x; i < tile.tokens * kColumns; i += blockDim.x) {
       const int t = i / kColumns, column = i % kColumns;
-      if (tile.has_column(column)) to[t * channels + column] = from[i];
+      if (tile.has_column(column) && !is_stored[t / kMaxChunk]) to[t * channels + column] = from[i];
     }
   }
 }
@@ -129,15 +125,15 @@ __device__ void load_inputs(const SharedTile<WkvBackwardParams<scalar_t>>& tile,
 }
 
 template <typename scalar_t>
-__device__ void store_outputs(const SharedTile<WkvForwardParams<scalar_t>>& tile) {
-  store_tile(tile, tile.p.y, tile.input(vrwkv::kKeys, 0));
-  if (tile.p.y_residual) store_tile(tile, tile.p.y_residual, tile.input(vrwkv::kValues, 0));
+__device__ void store_outputs(const SharedTile<WkvForwardParams<scalar_t>>& tile, const bool (&is_stored)[kMaxRows]) {
+  store_tile(tile, tile.p.y, tile.input(vrwkv::kKeys, 0), is_stored);
+  if (tile.p.y_residual) store_tile(tile, tile.p.y_residual, tile.input(vrwkv::kValues, 0), is_stored);
 }
 
 template <typename scalar_t>
-__device__ void store_outputs(const SharedTile<WkvBackwardParams<scalar_t>>& tile) {
-  store_tile(tile, tile.p.gk, tile.input(vrwkv::kKeys, 0));
-  store_tile(tile, tile.p.gv, tile.input(vrwkv::kValues, 0));
+__device__ void store_outputs(const SharedTile<WkvBackwardParams<scalar_t>>& tile, const bool (&is_stored)[kMaxRows]) {
+  store_tile(tile, tile.p.gk, tile.input(vrwkv::kKeys, 0), is_stored);
+  store_tile(tile, tile.p.gv, tile.input(vrwkv::kValues, 0), is_stored);
 }
 
 template <typename scalar_t>
@@ -173,6 +169,7 @@ __global__ void __launch_bounds__(kMaxRows* kColumns, Occupancy<typename Pass::P
     tile_kernel(const VRWKV_PARAMETER typename Pass::P p, int rows) {
   using Tile = SharedTile<typename Pass::P>;
   extern __shared__ __align__(16) unsigned char memory[];
+  __shared__ bool is_careful[kMaxRows];  // the warps that take the careful path
   const int row = threadIdx.x / kColumns, column = threadIdx.x % kColumns;
   const int64_t blocks = p.batch * p.chunks * Tile::column_blocks(p.channels);
   for (int64_t index = blockIdx.x; index < blocks; index += gridDim.x) {
@@ -185,40 +182,45 @@ __global__ void __launch_bounds__(kMaxRows* kColumns, Occupancy<typename Pass::P
         tile.template join<Pass::template State, decltype(number)>(Pass::kFirstDirection + i, column, !outputs);
       __syncthreads();
     };
-    const auto start_carefully = [&] {
-      if (active) careful_states<Pass>(tile, row, column);
-      join(0.);
-    };
-    bool careful = true;
     if constexpr (Tile::kFast) {
+      if (column == 0) is_careful[row] = false;
       load_inputs(tile, outputs);
       __pipeline_commit();
       __pipeline_wait_prior(0);
       __syncthreads();
       const typename Pass::Fast chunk(tile, row, column);
-      careful = __syncthreads_or(!chunk.shares_exponent);
-      if (!careful) {
+      if (!chunk.shares_exponent) is_careful[row] = true;
+      const bool any_is_careful = __syncthreads_or(!chunk.shares_exponent);
+      if (!is_careful[row]) {
         chunk.states();
-        join(0.f);
-        if constexpr (outputs) {
-          careful = __syncthreads_or(!chunk.outputs_share_exponent());
-          if (!careful) {
-            chunk.outputs();
-            __syncthreads();
-            store_outputs(tile);
-          }
-        }
+      } else if (active) {
+        careful_states<Pass>(tile, row, column);
+      }
+      if (any_is_careful) {
+        join(0.);
       } else {
-        start_carefully();
+        join(0.f);
+      }
+      if constexpr (outputs) {
+        if (!chunk.outputs_share_exponent()) is_careful[row] = true;
+        __syncthreads();
+        if (!is_careful[row]) {
+          chunk.outputs();
+        } else if (active) {
+          careful_outputs<Pass>(tile, row, column);
+        }
+        __syncthreads();
+        store_outputs(tile, is_careful);
       }
     } else {
-      start_carefully();
+      if (active) careful_states<Pass>(tile, row, column);
+      join(0.);
+      if constexpr (outputs) {
+        if (active) careful_outputs<Pass>(tile, row, column);
+        __syncthreads();
+      }
     }
-    if constexpr (outputs) {
-      if (careful && active) careful_outputs<Pass>(tile, row, column);
-      __syncthreads();
-      store_sums(tile);
-    }
+    if constexpr (outputs) store_sums(tile);
     __syncthreads();  // before the next tile overwrites
   }
 }
@@ -234,17 +236,43 @@ __global__ void __launch_bounds__(kColumns* vrwkv::kSegments) join_kernel(const 
   const int64_t c = static_cast<int64_t>(blockIdx.y) * kColumns + column;
   for (int64_t i = blockIdx.x; i < p.batch * Pass::kDirections; i += gridDim.x) {
     const int direction = Pass::kFirstDirection + static_cast<int>(i % Pass::kDirections);
-    if (c < p.channels) {
-      const ChunkJoiner joiner(p, i / Pass::kDirections, c, direction, vrwkv::kSegments);
-      joiner.sum_segment(segment, segments + segment * kColumns + column);
-    }
+    const ChunkJoiner joiner(p, i / Pass::kDirections, c < p.channels ? c : 0, direction, vrwkv::kSegments);
+    const double steps = joiner.steps[0];
+    if (c < p.channels) joiner.sum_segment(segment, segments + segment * kColumns + column);
     __syncthreads();
+    // Each round doubles the number of segments that a sum includes.
+    for (int step = 1; step < vrwkv::kSegments; step *= 2) {
+      SegmentSum sum = segments[(segment < step ? segment : segment - step) * kColumns + column];
+      __syncthreads();
+      if (c < p.channels && segment >= step) {
+        sum.append(segments[segment * kColumns + column], steps);
+        segments[segment * kColumns + column] = sum;
+      }
+      __syncthreads();
+    }
     if (c < p.channels) {
-      const ChunkJoiner joiner(p, i / Pass::kDirections, c, direction, vrwkv::kSegments);
-      joiner.write_entering(segment, segments + column, kColumns);
+      auto carried = segment == 0 ? SegmentSum().carry : segments[(segment - 1) * kColumns + column].carry;
+      joiner.write_entering(segment, &carried);
     }
     __syncthreads();  // before the next image overwrites
   }
+}
+
+// Sums the parts of gw and gu, of shape (pieces, C), in double and in a fixed order; blockIdx.y chooses one of the two.
+template <typename T>
+__global__ void __launch_bounds__(kColumns* kMaxRows)
+    sum_kernel(const T* gw, const T* gu, int64_t pieces, int64_t channels, T* gw_sum, T* gu_sum) {
+  __shared__ double sums[kMaxRows][kColumns];
+  const int row = threadIdx.x / kColumns, column = threadIdx.x % kColumns;
+  const int64_t c = static_cast<int64_t>(blockIdx.x) * kColumns + column;
+  const T* const from = blockIdx.y == 0 ? gw : gu;
+  double sum = 0.;
+  for (int64_t i = row; c < channels && i < pieces; i += kMaxRows) sum += from[i * channels + c];
+  sums[row][column] = sum;
+  __syncthreads();
+  if (row > 0 || c >= channels) return;
+  for (int i = 1; i < kMaxRows; ++i) sum += sums[i][column];
+  (blockIdx.y == 0 ? gw_sum : gu_sum)[c] = static_cast<T>(sum);
 }
 
 // The rows (warps) of the largest tile that shared memory can hold.
@@ -252,7 +280,7 @@ template <typename P>
 int largest_rows() {
   const size_t limit = at::cuda::getCurrentDeviceProperties()->sharedMemPerBlockOptin;
   int rows = kMaxRows;
-  while (rows > 1 && SharedTile<P>::bytes(rows) > limit) --rows;
+  while (rows > 1 && SharedTile<P>::bytes(rows) + kMaxRows * sizeof(bool) > limit) --rows;
   return rows;
 }
 
@@ -280,8 +308,6 @@ void run_pass(const typename Pass::P& p) {
   const int64_t columns = SharedTile<typename Pass::P>::column_blocks(p.channels);
   TORCH_CHECK(columns <= kMaxGridY, "bi_wkv: expected at most ", kMaxGridY * kColumns, " channels on CUDA, got ", p.channels);
   const auto stream = at::cuda::getCurrentCUDAStream();
-  decay_kernel<typename Pass::P::scalar_type><<<static_cast<unsigned>(columns), kColumns, 0, stream>>>(p);
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
   if (p.chunks > 1) {
     launch_tiles<Pass, false>(p, stream);
     const auto joins = static_cast<unsigned>(std::min(p.batch * Pass::kDirections, kMaxGridX));
@@ -293,12 +319,26 @@ void run_pass(const typename Pass::P& p) {
 }
 
 struct CudaBackend {
+  static std::tuple<at::Tensor, at::Tensor> sum_partials(const at::Tensor& gw, const at::Tensor& gu) {
+    const int64_t pieces = gw.size(0), channels = gw.size(1);
+    const at::Tensor gw_sum = at::empty({channels}, gw.options()), gu_sum = at::empty({channels}, gw.options());
+    const dim3 grid(static_cast<unsigned>(ceil_div(channels, kColumns)), 2);
+    const auto stream = at::cuda::getCurrentCUDAStream();
+    AT_DISPATCH_FLOATING_TYPES(gw.scalar_type(), "bi_wkv_backward", [&] {
+      sum_kernel<scalar_t><<<grid, kColumns * kMaxRows, 0, stream>>>(
+          gw.const_data_ptr<scalar_t>(), gu.const_data_ptr<scalar_t>(), pieces, channels, gw_sum.mutable_data_ptr<scalar_t>(),
+          gu_sum.mutable_data_ptr<scalar_t>());
+      C10_CUDA_KERNEL_LAUNCH_CHECK();
+    });
+    return {gw_sum, gu_sum};
+  }
+
   // A tile is as long as the sequence if shared memory can hold that.
   template <typename P>
   static vrwkv_ops::Chunking chunking(int64_t tokens) {
     int rows = largest_rows<P>();
     if (tokens > rows * kMaxChunk) rows = std::min(rows, Occupancy<P>::kRows);
-    return {std::min<int64_t>(tokens, rows * kMaxChunk), kMaxChunk + 1};
+    return {std::min<int64_t>(tokens, rows * kMaxChunk), 0};
   }
 
   template <typename scalar_t>

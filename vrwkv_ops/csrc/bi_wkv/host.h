@@ -1,6 +1,7 @@
 // Checks, allocations and dispatch over dtypes of the Bi-WKV operators, for a Backend that has
 //   template <typename P> static Chunking chunking(int64_t tokens);  // depends on sizes only, so that results do
 //   template <typename P> static void run(const P&, bool causal);    // P is WkvForwardParams or WkvBackwardParams
+//   static std::tuple<at::Tensor, at::Tensor> sum_partials(const at::Tensor& gw, const at::Tensor& gu);  // over dimension 0
 #pragma once
 
 #include <ATen/ops/empty_like.h>
@@ -15,7 +16,7 @@
 
 namespace vrwkv_ops {
 
-// Tokens of a chunk and rows of the table of decay powers.
+// Tokens of a chunk, and rows of the table of decay powers; 0 without a table.
 struct Chunking {
   int64_t length, decay_rows;
 };
@@ -119,7 +120,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> bi_wkv_backward(const
     p.gu = gu.mutable_data_ptr<acc_t>();
     Backend::run(p, causal);
   });
-  return {sum_partials(gw), sum_partials(gu), gk, gv};
+  const auto [gw_sum, gu_sum] = Backend::sum_partials(gw, gu);
+  return {gw_sum, gu_sum, gk, gv};
 }
 
 }  // namespace vrwkv_ops

@@ -3,7 +3,7 @@
 //
 // On the fast path all weights of a chunk share one exponent, and states follow the plain recurrences, which are too short here
 // to accumulate rounding errors: a token takes an exponential and a few multiply-adds for each state. If the weights of a chunk
-// are too far apart for one exponent (`shares_exponent`), its tile takes the careful path, the code of chunk.h on global
+// are too far apart for one exponent (`shares_exponent`), its warp takes the careful path, the code of chunk.h on global
 // memory.
 #pragma once
 
@@ -135,10 +135,10 @@ struct SharedTile {
   }
   VRWKV_FN T* sum(int row, int which, int column) const { return sums + (row * 2 + which) * kColumns + column; }
 
+  // e^(w n) for the careful path.
   VRWKV_FN Decay<T> decay(int n, int column) const {
-    const T* row = p.decay + n * p.channels + c + column;
-    const int64_t field = p.decay_rows * p.channels;
-    return {row[0], row[field], row[2 * field]};
+    const double w = clamp(static_cast<double>(p.w[c + column]), static_cast<double>(kMaxDecay));
+    return DecayPowers({1., 0.}, exp_scaled_unclamped(w * n)).template row<T>();
   }
 
   template <typename State>
@@ -171,8 +171,7 @@ struct SharedTile {
     if constexpr (std::is_same_v<N, double>) {
       passage = TokenSpan<N>::of(w, kMaxChunk);
     } else {
-      const Decay<T> by = decay(kMaxChunk, column);
-      passage = {{by.inverse, -by.exponent}, N(kMaxChunk)};
+      passage = {exp_scaled_unclamped(static_cast<N>(-w * kMaxChunk)), N(kMaxChunk)};
     }
     for (int i = 0; i < rows; ++i) {
       const int row = direction == 0 ? i : rows - 1 - i;
@@ -211,6 +210,10 @@ struct SharedChunk : Chunk<typename P::scalar_type> {
     this->length = tile.length(row);
   }
 
+  VRWKV_FN void read_decay(DecayVector<T>& to, int n) const {
+    const Decay<T> row = tile.decay(n, column);
+    to.power.x[0] = row.power, to.inverse.x[0] = row.inverse, to.exponent.x[0] = row.exponent;
+  }
   template <typename State>
   VRWKV_FN void read_state(StateVector<State, T>& to, int direction) const {
     to.set(0, tile.template read_state<State>(row, direction, column));
@@ -264,10 +267,7 @@ struct FastChunk {
   VRWKV_FN float value(int t) const { return read(kValues, t) * tile.p.headroom; }
 
   // e^(-w)
-  VRWKV_FN float step() const {
-    const Decay<float> by = tile.decay(1, column);
-    return by.inverse * any_power_of_two(-by.exponent);
-  }
+  VRWKV_FN float step() const { return ::expf(-w); }
   // Bits by which the tokens of a chunk can shrink or grow a state.
   VRWKV_FN float reach() const { return ::fabsf(w) * (kMaxChunk * kLog2eFloat); }
   VRWKV_FN float growth() const { return w < 0.f ? ::ceilf(reach()) : 0.f; }
