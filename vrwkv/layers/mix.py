@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vrwkv_ops import bi_wkv, sigmoid_gate, squared_relu
 
 from ._checks import check_choice, check_number
-from .pieces import in_pieces
+from .pieces import in_pieces, piece_size
 from .recompute import Recompute, autocast_dtype
 from .token_shift import TokenShift
 
@@ -276,7 +276,12 @@ class ChannelMix(BaseMix):
         return in_pieces(mix, x, shift=shift, **self.shift.extent(resolution))
 
     def _gated(self, recompute: Recompute, xk: Tensor, xr: Tensor) -> Tensor:
-        hidden = recompute.cheap(squared_relu, recompute.use(self.key, xk))
+        hidden = recompute.use(self.key, xk)
+        if hidden.device.type == 'cpu' and piece_size(hidden) is not None:
+            # In place, in inference: on a CPU a new tensor takes longer than a second pass.
+            hidden = hidden.relu_().square_()
+        else:
+            hidden = recompute.cheap(squared_relu, hidden)
         if self.key_norm is not None:
             hidden = recompute.cheap(self.key_norm, hidden)
         return sigmoid_gate(recompute.use(self.receptance, xr), recompute.use(self.value, hidden))

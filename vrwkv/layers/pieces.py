@@ -58,26 +58,23 @@ def in_pieces(
     Returns:
         What the function returns for all tokens.
     """
-
-    def call(piece: tuple[Tensor, ...], grid: tuple[int, int], own: slice = slice(None)):
-        if shift is not None:
-            piece = [x[:, own] for x in shift(*piece, grid)]
-        return function(*piece)
-
     size = piece_size(tensors[0])
     batch, tokens = tensors[0].shape[:2]
     height, width = grid or (tokens, 1)
     # A wrong grid is left to the shift, which knows more about it.
     if size is None or batch * tokens <= size or height * width != tokens:
-        return call(tensors, grid)
+        return function(*(tensors if shift is None else shift(*tensors, grid)))
     images, rows = max(1, size // tokens), max(1, reach, size // width)
     outs = None
     for first, top in product(range(0, batch, images), range(0, height, rows)):
         bottom = min(top + rows, height)
         start, stop = max(0, top - reach), min(height, bottom + reach)
         where = slice(first, first + images), slice(start * width, stop * width)
-        own = slice((top - start) * width, (bottom - start) * width)
-        results = call([x[where] for x in tensors], (stop - start, width), own)
+        piece = [x[where] for x in tensors]
+        if shift is not None:
+            own = slice((top - start) * width, (bottom - start) * width)
+            piece = [x[:, own] for x in shift(*piece, (stop - start, width))]
+        results = function(*piece)
         single = isinstance(results, Tensor)
         results = (results,) if single else results
         if outs is None:

@@ -47,15 +47,13 @@ class Recompute:
 
     def use(self, function: Callable, *inputs: Tensor) -> Any:
         """Return ``function(*inputs)``; autograd keeps no cheap result for it."""
-        if not any(map(self._find, inputs)):
+        if not self.known or not any(map(self._find, inputs)):
             return function(*inputs)
         with saved_tensors_hooks(self._pack, _unpack):
             return function(*inputs)
 
     def _find(self, x: Tensor) -> _Result | None:
         """Find the cheap result that shares memory with a tensor."""
-        if not self.known:
-            return None
         reference, result = self.known.get(_storage(x), (None, None))
         # If the result is gone, another tensor has its memory.
         alive = reference is not None and reference() is not None

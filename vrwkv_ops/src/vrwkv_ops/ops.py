@@ -178,7 +178,8 @@ def token_shift(
     if isinstance(mixes, Tensor):
         mixes = mixes.to(dtype).contiguous()
     else:
-        mixes = torch.stack([mix.reshape(-1).to(dtype) for mix in mixes])
+        joined = torch.cat([mix.reshape(-1) for mix in mixes])
+        mixes = joined.to(dtype).view(len(mixes), -1)
     height, width = resolution if mode == 'q_shift' else (1, x.shape[1])
     gamma = 1 / 4 if channel_gamma is None else float(channel_gamma)
     return tuple(_token_shift(x, mixes, height, width, shift_pixel, gamma, mode, heads))
