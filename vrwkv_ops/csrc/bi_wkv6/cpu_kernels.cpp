@@ -32,8 +32,9 @@ constexpr int kColumns = kWkv6Columns;
 constexpr int kChunk = 16;  // tokens
 constexpr int kMaxSize = vrwkv_ops::kMaxHeadSize;
 constexpr int kState = kMaxSize * kMaxSize;
-// The backward pass keeps the states before every chunk in short sequences, else those before every kSegment chunks.
+// The backward pass keeps the chunks of a segment and the states before them; a short sequence is one segment.
 constexpr int kSegment = 4, kShort = 16;
+constexpr int kPairRegisters = 4;
 
 // Complete unrolling lets the compiler keep rows in registers.
 #define VRWKV_UNROLL _Pragma("GCC unroll 16")
@@ -98,6 +99,22 @@ struct Row {
     for (int i = 0; i < kParts; ++i) row.part[i] = fused(a.part[i], b.part[i], part[i]);
     return row;
   }
+};
+
+// Uninitialised elements on the boundary of a vector. glibc's aligned allocations would leave holes and take fresh pages each time.
+template <typename T>
+class Memory {
+ public:
+  explicit Memory(int64_t count = 1) : bytes_(new char[count * sizeof(T) + kVectorBytes]) {
+    const auto address = (reinterpret_cast<uintptr_t>(bytes_.get()) + kVectorBytes - 1) / kVectorBytes * kVectorBytes;
+    data_ = reinterpret_cast<T*>(address);
+  }
+  T& operator[](int64_t i) const { return data_[i]; }
+  T* operator->() const { return data_; }
+
+ private:
+  std::unique_ptr<char[]> bytes_;
+  T* data_;
 };
 
 template <typename T>
@@ -226,20 +243,26 @@ using Tokens = T[kChunk][kMaxSize];
 
 // Of the tokens of a chunk, and of the whole chunk.
 template <typename T>
-struct Decays {
-  Tokens<T> d;  // exp(-exp(w))
+struct alignas(kVectorBytes) Decays {
+  Tokens<T> rate, d;  // exp(w) and exp(-exp(w))
   T whole[kMaxSize];
 };
 
 // r, k, v and g are zero beyond the tokens of the sequence and the channels of the head.
 template <typename T>
-struct Chunk {
+struct alignas(kVectorBytes) Chunk {
   Tokens<T> r, k, v, g;
   Tokens<T> before, after;  // decays of the tokens of the chunk before a token, or after it
   Decays<T>* decays;
-  Tokens<T>* rate;       // exp(w)
   int64_t begin, count;  // tokens
 };
+
+// Heads have a multiple of 8 channels: a constant loop becomes one instruction or two.
+template <typename To, typename From>
+VRWKV_FN void copy_channels(To* __restrict to, const From* __restrict from, int64_t size) {
+  for (int64_t c = 0; c < size; c += 8)
+    for (int j = 0; j < 8; ++j) to[c + j] = static_cast<To>(from[c + j]);
+}
 
 // Copies the tokens of a chunk, and prefetches those that come `ahead` tokens later. Fills the rest of the chunk with zeros.
 template <typename T, typename scalar_t>
@@ -250,9 +273,9 @@ VRWKV_FN void read(Tokens<T>& to, const View<scalar_t>& from, int64_t image, con
     const scalar_t* row = from.row(image, chunk.begin + t, channel);
     const int64_t next = chunk.begin + t + ahead;
     if (from.channel_stride == 1) {
-      for (int64_t c = 0; c < size; ++c) to[t][c] = static_cast<T>(row[c]);
-      for (int64_t c = 0; c < size && next >= 0 && next < tokens; c += 64 / sizeof(scalar_t))
-        __builtin_prefetch(row + ahead * from.token_stride + c);
+      copy_channels(to[t], row, size);
+      if (next >= 0 && next < tokens)
+        for (int64_t c = 0; c < size; c += 64 / sizeof(scalar_t)) __builtin_prefetch(row + ahead * from.token_stride + c);
     } else {
       for (int64_t c = 0; c < size; ++c) to[t][c] = static_cast<T>(row[c * from.channel_stride]);
     }
@@ -270,11 +293,11 @@ VRWKV_FN T limited_exp(T x) {
   return x < -kBound ? T(0) : result;
 }
 
-// Replaces w by exp(w) in the chunk's `rate`, and computes the decays of its tokens.
+// Replaces w by exp(w) in the chunk's rates, and computes the decays of its tokens.
 template <typename T>
 void set_decays(const Chunk<T>& chunk, int width) {
-  auto& rate = *chunk.rate;
   auto& decays = *chunk.decays;
+  auto& rate = decays.rate;
   const int count = static_cast<int>(chunk.count);
   for (int t = 0; t < count; ++t) {  // two loops: exponentials that follow each other are independent
     for (int column = 0; column < width; column += kColumns)
@@ -307,16 +330,40 @@ void set_products(Chunk<T>& chunk, int width) {
   }
 }
 
+// Multiplies r by the decays from the edge where the state enters, and k by those to the other edge, for both directions.
+template <bool causal, typename T>
+void decay_to_edges(const Chunk<T>& chunk, int width, Tokens<T>& r, Tokens<T>& k, Tokens<T>& r_reverse, Tokens<T>& k_reverse) {
+  using C = Columns<T>;
+  for (int column = 0; column < width; column += kColumns) {
+    auto before = C::filled(T(1)), after = before;
+    for (int t = 0; t < kChunk; ++t) {
+      (C::load(chunk.r[t] + column) * before).store(r[t] + column);
+      if constexpr (!causal) (C::load(chunk.k[t] + column) * before).store(k_reverse[t] + column);
+      before = before * C::load(chunk.decays->d[t] + column);
+    }
+    for (int t = kChunk - 1; t >= 0; --t) {
+      (C::load(chunk.k[t] + column) * after).store(k[t] + column);
+      if constexpr (!causal) (C::load(chunk.r[t] + column) * after).store(r_reverse[t] + column);
+      after = after * C::load(chunk.decays->d[t] + column);
+    }
+  }
+}
+
+template <typename T, typename Params>
+VRWKV_FN void set_place(Chunk<T>& chunk, const Params& p, int64_t n) {
+  chunk.begin = n * kChunk, chunk.count = std::min<int64_t>(kChunk, p.tokens - chunk.begin);
+}
+
 // Reads chunk n of r, k, v and w or gy (those that are given), and prefetches chunk `next`.
 template <typename T, typename scalar_t>
 void read(Chunk<T>& chunk, const Wkv6Inputs<scalar_t>& p, const View<T>* w, const View<scalar_t>* gy, int64_t image,
           int64_t head, int64_t n, int64_t next) {
-  chunk.begin = n * kChunk, chunk.count = std::min<int64_t>(kChunk, p.tokens - chunk.begin);
+  set_place(chunk, p, n);
   const auto read_one = [&](Tokens<T>& to, const auto& from) {
     read(to, from, image, chunk, head * p.size, p.size, p.tokens, (next - n) * kChunk);
   };
   read_one(chunk.r, p.r), read_one(chunk.k, p.k), read_one(chunk.v, p.v);
-  if (w != nullptr) read_one(*chunk.rate, *w);
+  if (w != nullptr) read_one(chunk.decays->rate, *w);
   if (gy != nullptr) read_one(chunk.g, *gy);
 }
 
@@ -329,7 +376,7 @@ VRWKV_FN void product(Tokens<T>& to, const Tokens<T>& a, const Tokens<T>& b, int
 // --- Pairs of tokens of one chunk ---------------------------------------------------------------
 
 template <typename T>
-struct Gradients {
+struct alignas(kVectorBytes) Gradients {
   Tokens<T> r, k, log_d;           // log_d: of the logarithms of the decays
   Tokens<T> of_later, of_earlier;  // shares of log_d that each token leaves to all tokens before it, and after it
   T across[kMaxSize];              // shares of log_d of pairs of tokens on both sides of the chunk
@@ -348,7 +395,29 @@ void find_scores(const Chunk<T>& chunk, const T* u, int width, T (*scores)[kChun
     for (R& x : earlier) x = R::filled(T(0));
     for (R& x : later) x = R::filled(T(0));
     for (R& x : own) x = R::filled(T(0));
-    for (int c = 0; c < width; c += R::kLanes) {
+    int c = 0;
+    if constexpr (!with_gradients) {
+      // Several registers at once, so that each sum is read and written less often.
+      using Wide = Row<T, kPairRegisters * R::kLanes>;
+      const auto add_products = [](R& sum, const Wide& a, const Wide& b) {
+        VRWKV_UNROLL
+        for (int i = 0; i < kPairRegisters; ++i) sum.part[0] = fused(a.part[i], b.part[i], sum.part[0]);
+      };
+      for (; c + kPairRegisters * R::kLanes <= width; c += kPairRegisters * R::kLanes) {
+        Wide r = Wide::load(chunk.r[t] + c), k = Wide::load(chunk.k[t] + c);
+        add_products(own[0], r * Wide::load(u + c), k);
+        for (int i = t - 1; i >= 0; --i) {
+          const Wide d = Wide::load(chunk.decays->d[i] + c);
+          add_products(earlier[i], r, Wide::load(chunk.k[i] + c));
+          r = r * d;
+          if constexpr (!causal) {
+            add_products(later[i], k, Wide::load(chunk.r[i] + c));
+            k = k * d;
+          }
+        }
+      }
+    }
+    for (; c < width; c += R::kLanes) {
       R r = R::load(chunk.r[t] + c), k = R::load(chunk.k[t] + c), e = R::filled(T(1));  // e: decay from token i to t
       const R bonus = R::load(u + c);
       own[0] = own[0].plus(r * bonus, k);
@@ -414,7 +483,7 @@ template <typename T, typename scalar_t>
 VRWKV_FN void write(scalar_t* to, int64_t channels, const T* from, int64_t count, int64_t size) {
   for (int64_t t = 0; t < count; ++t) {
     scalar_t* const row = to + t * channels;
-    for (int64_t c = 0; c < size; ++c) row[c] = static_cast<scalar_t>(from[t * kMaxSize + c]);
+    copy_channels(row, from + t * kMaxSize, size);
     for (int64_t c = 0; c < size; c += 64 / sizeof(scalar_t)) __builtin_prefetch(row + c - kChunk * channels, 1);
   }
 }
@@ -424,51 +493,48 @@ void forward(const Wkv6ForwardParams<scalar_t>& p, int64_t image, int64_t head, 
   using T = acc_type<scalar_t>;
   const int64_t chunks = (p.tokens + kChunk - 1) / kChunk, channels = p.heads * p.size, shown = std::min(last, p.size) - first;
   const int width = (p.size + kColumns - 1) / kColumns * kColumns, columns = last - first;
-  struct Work {
+  struct alignas(kVectorBytes) Work {
     Chunk<T> chunk;
-    Tokens<T> scaled, rate;
+    Decays<T> decays;
+    Tokens<T> r, k;
     T state[kState], scores[kChunk][kChunk];
   };
-  struct Kept {  // of a chunk, for the way back
-    Tokens<T> y;
-    Decays<T> decays;
+  struct alignas(kVectorBytes) Kept {  // of a chunk, for the way back
+    Tokens<T> y, r, k;
+    T whole[kMaxSize];
   };
-  const std::unique_ptr<Work> work(new Work);
-  const std::unique_ptr<Kept[]> all_kept(new Kept[causal ? 1 : chunks]);
+  const Memory<Work> work;
+  const Memory<Kept> all_kept(causal ? 1 : chunks);
   Chunk<T>& chunk = work->chunk;
-  Tokens<T>& scaled = work->scaled;
-  chunk.rate = &work->rate;
+  chunk.decays = &work->decays;
   T* const state = work->state;
   const auto u = padded_bonus(p.u, head, p.size);
-  const auto visit = [&](const Tokens<T>& of_r, const Tokens<T>& of_k, T* y, bool is_last) {
-    product(scaled, chunk.r, of_r, width);
-    multiply<kMaxSize>(y, y, y, kChunk, columns, rows_of(scaled), state, width);
-    product(scaled, chunk.k, of_k, width);
-    multiply<kMaxSize, Scale::kOfRows>(state, state, chunk.decays->whole, width, columns, transposed(scaled),
-                                       chunk.v[0] + first, kChunk);
+  // r decays from the edge of the chunk where the state enters, and k to the other edge.
+  const auto visit = [&](const Tokens<T>& r, const Tokens<T>& k, const T* whole, T* y, bool is_last) {
+    multiply<kMaxSize>(y, y, y, kChunk, columns, rows_of(r), state, width);
+    multiply<kMaxSize, Scale::kOfRows>(state, state, whole, width, columns, transposed(k), chunk.v[0] + first, kChunk);
     if (is_last)
       write(p.y + (image * p.tokens + chunk.begin) * channels + head * p.size + first, channels, y, chunk.count, shown);
   };
   std::fill_n(state, kState, T(0));
   for (int64_t n = 0; n < chunks; ++n) {
     Kept& kept = all_kept[causal ? 0 : n];
-    chunk.decays = &kept.decays;
     read<T, scalar_t>(chunk, p, &p.w, nullptr, image, head, n, n + 1);
     set_decays(chunk, width);
-    set_products(chunk, width);
     find_scores<causal, false, T>(chunk, u.data(), width, work->scores, nullptr, nullptr);
     multiply<kMaxSize, Scale::kNone, T>(kept.y[0], nullptr, nullptr, kChunk, columns, {work->scores[0], kChunk, 1},
                                         chunk.v[0] + first, kChunk);
-    visit(chunk.before, chunk.after, kept.y[0], causal);
+    decay_to_edges<causal>(chunk, width, work->r, work->k, kept.r, kept.k);
+    visit(work->r, work->k, work->decays.whole, kept.y[0], causal);
+    if constexpr (!causal) std::copy_n(work->decays.whole, width, kept.whole);
   }
   if (causal) return;
   std::fill_n(state, kState, T(0));
   for (int64_t n = chunks - 1; n >= 0; --n) {
     Kept& kept = all_kept[n];
-    chunk.decays = &kept.decays;
-    read<T, scalar_t>(chunk, p, nullptr, nullptr, image, head, n, n - 1);
-    set_products(chunk, width);
-    visit(chunk.after, chunk.before, kept.y[0], true);
+    set_place(chunk, p, n);
+    read(chunk.v, p.v, image, chunk, head * p.size, p.size, p.tokens, -kChunk);
+    visit(kept.r, kept.k, kept.whole, kept.y[0], true);
   }
 }
 
@@ -511,15 +577,15 @@ void add_states(const Chunk<T>& chunk, int width, const T* s, const T* a, Tokens
   }
 }
 
-// Memory of the backward pass of a head. The chunks of a segment are kept, with the states before them.
+// Memory of the backward pass of a head.
 template <bool causal, typename T>
-struct Backward {
+struct alignas(kVectorBytes) Backward {
   static constexpr int kStates =
       causal ? 1 : 2;  // values by keys and, for the other direction, output gradients by receptances
-  using States = T[kStates][kState];
+  struct alignas(kVectorBytes) States {
+    T of[kStates][kState];
+  };
 
-  Chunk<T> chunks[kSegment];
-  States states[kSegment];  // before chunks
   T s_after[kState], a_after[kState];
   Gradients<T> sums;
   Tokens<T> part;
@@ -533,16 +599,16 @@ struct Backward {
     multiply<kMaxSize, Scale::kOfColumns>(to, from, chunk.decays->whole, width, width, transposed(values), part[0], kChunk);
   }
   void move(States& to, const States& from, const Chunk<T>& chunk, int width) {
-    move(to[0], from[0], chunk, chunk.v, chunk.k, chunk.after, width);
-    if constexpr (!causal) move(to[1], from[1], chunk, chunk.g, chunk.r, chunk.after, width);
+    move(to.of[0], from.of[0], chunk, chunk.v, chunk.k, chunk.after, width);
+    if constexpr (!causal) move(to.of[1], from.of[1], chunk, chunk.g, chunk.r, chunk.after, width);
   }
 
   // Computes the gradients of a chunk, in sums, and moves the states after it to before it.
   void find_gradients(const Chunk<T>& chunk, const States& before, const T* u, int width) {
     transpose(turned, chunk.v, kChunk, width);
     multiply<kChunk, Scale::kNone, T>(gscores[0], nullptr, nullptr, kChunk, kChunk, rows_of(chunk.g), turned[0], width);
-    add_states<false>(chunk, width, before[0], a_after, part, turned, sums);
-    if constexpr (!causal) add_states<true>(chunk, width, s_after, before[1], part, turned, sums);
+    add_states<false>(chunk, width, before.of[0], a_after, part, turned, sums);
+    if constexpr (!causal) add_states<true>(chunk, width, s_after, before.of[1], part, turned, sums);
     for (int c = 0; c < width; c += kColumns) {
       auto earlier = Columns<T>::load(sums.across + c), later = Columns<T>::filled(T(0));
       for (int t = 0; t < kChunk; ++t) {
@@ -565,45 +631,43 @@ template <bool causal, typename scalar_t>
 void backward(const Wkv6BackwardParams<scalar_t>& p, int64_t image, int64_t head) {
   using T = acc_type<scalar_t>;
   using Work = Backward<causal, T>;
-  const int64_t chunks = (p.tokens + kChunk - 1) / kChunk, step = chunks <= kShort ? 1 : kSegment;
+  const int64_t chunks = (p.tokens + kChunk - 1) / kChunk, step = chunks <= kShort ? chunks : kSegment;
   const int64_t segments = (chunks + step - 1) / step, size = p.size, channels = p.heads * size;
   const int width = (size + kColumns - 1) / kColumns * kColumns;
-  const std::unique_ptr<Work> work(new Work);
-  const std::unique_ptr<Decays<T>[]> decays(new Decays<T>[chunks]);
-  const std::unique_ptr<Tokens<T>[]> rates(new Tokens<T>[chunks]);
-  const std::unique_ptr<typename Work::States[]> edges(new typename Work::States[segments]);  // before each segment
-  std::memset(edges[0], 0, sizeof(edges[0]));
+  const Memory<Work> work;
+  const Memory<Chunk<T>> kept(step);
+  const Memory<typename Work::States> states(step);  // after each kept chunk
+  const Memory<Decays<T>> decays(chunks);
+  const Memory<typename Work::States> edges(segments);  // before each segment
+  std::memset(&edges[0], 0, sizeof(edges[0]));
   std::fill_n(work->s_after, kState, T(0));
   std::fill_n(work->a_after, kState, T(0));
   std::fill_n(work->gu, kMaxSize, 0.);
   const auto u = padded_bonus(p.u, head, size);
   const auto read_chunk = [&](Chunk<T>& chunk, int64_t n, int64_t next, bool is_first) {
-    chunk.decays = &decays[n], chunk.rate = &rates[n];
+    chunk.decays = &decays[n];
     read<T, scalar_t>(chunk, p, is_first ? &p.w : nullptr, &p.gy, image, head, n, next);
     if (is_first) set_decays(chunk, width);
     set_products(chunk, width);
   };
   const int64_t last_segment = (segments - 1) * step;
   for (int64_t n = 0; n < last_segment; ++n) {
-    read_chunk(work->chunks[0], n, n + 1, true);
-    const auto& from = n % step == 0 ? edges[n / step] : work->states[0];
-    auto& to = (n + 1) % step == 0 ? edges[(n + 1) / step] : work->states[0];
-    work->move(to, from, work->chunks[0], width);
+    read_chunk(kept[0], n, n + 1, true);
+    const auto& from = n % step == 0 ? edges[n / step] : states[0];
+    auto& to = (n + 1) % step == 0 ? edges[(n + 1) / step] : states[0];
+    work->move(to, from, kept[0], width);
   }
   for (int64_t first = last_segment; first >= 0; first -= step) {
     const int64_t last = std::min(first + step, chunks) - 1;
-    const typename Work::States* before[kSegment] = {&edges[first / step]};
+    const auto before = [&](int64_t n) -> const auto& { return n == first ? edges[first / step] : states[n - first - 1]; };
     for (int64_t n = first; n <= last; ++n) {
-      const int64_t i = n - first;
-      read_chunk(work->chunks[i], n, n < last ? n + 1 : first - step, first == last_segment);
-      if (n == last) continue;
-      work->move(work->states[i], *before[i], work->chunks[i], width);
-      before[i + 1] = &work->states[i];
+      read_chunk(kept[n - first], n, n < last ? n + 1 : first - step, first == last_segment);
+      if (n < last) work->move(states[n - first], before(n), kept[n - first], width);
     }
     for (int64_t n = last; n >= first; --n) {
-      const Chunk<T>& chunk = work->chunks[n - first];
+      const Chunk<T>& chunk = kept[n - first];
       Gradients<T>& sums = work->sums;
-      work->find_gradients(chunk, *before[n - first], u.data(), width);
+      work->find_gradients(chunk, before(n), u.data(), width);
       const int64_t at = (image * p.tokens + chunk.begin) * channels + head * size;
       write(p.gr + at, channels, sums.r[0], chunk.count, size);
       write(p.gk + at, channels, sums.k[0], chunk.count, size);
@@ -612,7 +676,7 @@ void backward(const Wkv6BackwardParams<scalar_t>& p, int64_t image, int64_t head
       for (int c = 0; c < width; c += kColumns) {
         auto gu = Columns<T>::filled(T(0));
         for (int t = 0; t < chunk.count; ++t) {
-          const auto rate = Columns<T>::filled(T(-1)) * Columns<T>::load((*chunk.rate)[t] + c);
+          const auto rate = Columns<T>::filled(T(-1)) * Columns<T>::load(chunk.decays->rate[t] + c);
           (rate * Columns<T>::load(sums.log_d[t] + c)).store(sums.log_d[t] + c);
           const auto rk = Columns<T>::load(chunk.r[t] + c) * Columns<T>::load(chunk.k[t] + c);
           gu = gu.plus(Columns<T>::filled(work->gscores[t][t]), rk);
