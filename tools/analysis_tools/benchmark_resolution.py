@@ -2,10 +2,10 @@
 
 DeiT runs with plain attention, which holds a matrix of all pairs of tokens, and with flash
 attention, which does not. Every figure comes from its own process. Memory is that of the model, its
-input and the first pass: resident memory on a CPU, PyTorch's allocations on a GPU. In inference the
-C library then keeps freed memory, so that page faults do not count as time. The table reports
-models that do not fit in memory or take longer than --timeout. DeiT's time beyond its last
-measurement is computed: it grows with the square of the tokens.
+input and the passes: resident memory on a CPU, PyTorch's allocations on a GPU. In inference the
+first pass counts; then the C library keeps freed memory, so that page faults do not count as time.
+The table reports models that do not fit in memory or take longer than --timeout. DeiT's time beyond
+its last measurement is computed: it grows with the square of the tokens.
 
 A peer replaces bi_wkv in a VRWKV. It is refused if its result differs in any layer. --vrwkv6 adds
 VRWKV6.
@@ -165,15 +165,14 @@ def measure(args: argparse.Namespace, size: str, model: str, resolution: int) ->
             if args.train:
                 output.float().square().mean().backward()
 
-    times = []
-    for _ in range(args.repeats + 1):
+    times = [seconds(step, args.device)]
+    row.memory = peak_memory(args.device) - before
+    if not args.train:
+        keep_freed_memory()
+    while len(times) <= args.repeats and sum(times) <= args.timeout / 4:
         times.append(seconds(step, args.device))
-        if row.memory is None or args.train:
-            row.memory = peak_memory(args.device) - before
-        if not args.train:
-            keep_freed_memory()
-        if sum(times) > args.timeout / 4:
-            break
+    if args.train:  # a later step holds the gradients of the one before
+        row.memory = peak_memory(args.device) - before
     # The first step warms up; it counts if the others are skipped because it took so long.
     row.images_per_second = args.batch_size / statistics.median(times[1:] or times)
     return row

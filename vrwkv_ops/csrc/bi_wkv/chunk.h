@@ -156,7 +156,7 @@ VRWKV_FN void fill_decay(const WkvParams<scalar_t>& p, int64_t c) {
   for (int64_t n = 0; n < p.decay_rows; ++n) {
     for (int j = 0; j < kWidth; ++j) {
       DecayPowers powers(ratio.get(j), at.get(j));
-      const Decay<T> row = powers.row<T>();
+      const auto row = Decay<T>::of(powers.at);
       power.x[j] = row.power, inverse.x[j] = row.inverse, whole.x[j] = row.exponent;
       powers.next();
       at.set(j, powers.at);

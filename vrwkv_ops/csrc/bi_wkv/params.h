@@ -8,8 +8,8 @@ namespace vrwkv_ops {
 constexpr int kDecayColumns = 3;  // power, inverse, exponent
 
 // The sequence is split into chunks of `chunk_length` tokens; the last one may be shorter. `decay` has the shape
-// (kDecayColumns, decay_rows, C) and holds powers of the decay, on the CPU. `states` has the shape (directions, state fields, B, chunks, C)
-// and is null if there is a single chunk.
+// (kDecayColumns, decay_rows, C) and holds powers of the decay, on the CPU. `states` has the shape (directions, state fields, B,
+// chunks, C) and is null if there is a single chunk.
 template <typename scalar_t>
 struct WkvParams {
   using scalar_type = scalar_t;

@@ -138,7 +138,7 @@ struct SharedTile {
   // e^(w n) for the careful path.
   VRWKV_FN Decay<T> decay(int n, int column) const {
     const double w = clamp(static_cast<double>(p.w[c + column]), static_cast<double>(kMaxDecay));
-    return DecayPowers({1., 0.}, exp_scaled_unclamped(w * n)).template row<T>();
+    return Decay<T>::of(exp_scaled_unclamped(w * n));
   }
 
   template <typename State>

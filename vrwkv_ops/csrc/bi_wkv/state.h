@@ -20,6 +20,9 @@ struct Decay {
   T power, inverse, exponent;
 
   VRWKV_FN Scaled<T> grow(Scaled<T> x) const { return {x.mantissa * power, x.exponent + exponent}; }
+  static VRWKV_FN Decay of(Scaled<double> x) {
+    return {static_cast<T>(x.mantissa), static_cast<T>(1. / x.mantissa), static_cast<T>(x.exponent)};
+  }
 };
 
 // Steps through e^(w n) in double, so that the float values of a table with hundreds of rows are correct to the last bit.
@@ -29,10 +32,6 @@ struct DecayPowers {
   VRWKV_FN explicit DecayPowers(double w) : ratio(exp_scaled(clamp(w, static_cast<double>(kMaxDecay)))) {}
   VRWKV_FN DecayPowers(Scaled<double> ratio_, Scaled<double> at_) : ratio(ratio_), at(at_) {}
 
-  template <typename T>
-  VRWKV_FN Decay<T> row() const {
-    return {static_cast<T>(at.mantissa), static_cast<T>(1. / at.mantissa), static_cast<T>(at.exponent)};
-  }
   VRWKV_FN void next() { at = product(at, ratio); }
 };
 

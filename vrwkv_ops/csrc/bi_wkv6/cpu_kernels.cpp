@@ -101,7 +101,8 @@ struct Row {
   }
 };
 
-// Uninitialised elements on the boundary of a vector. glibc's aligned allocations would leave holes and take fresh pages each time.
+// Uninitialised elements on the boundary of a vector. glibc's aligned allocations would leave holes and take fresh pages each
+// time.
 template <typename T>
 class Memory {
  public:
@@ -314,39 +315,45 @@ void set_decays(const Chunk<T>& chunk, int width) {
   }
 }
 
-// Computes the decays before and after each token.
-template <typename T>
-void set_products(Chunk<T>& chunk, int width) {
+// Calls use_before(t, column, decay) with the decays of the tokens before token t, and use_after with those after it.
+template <typename T, typename UseBefore, typename UseAfter>
+VRWKV_FN void for_each_product(const Chunk<T>& chunk, int width, const UseBefore& use_before, const UseAfter& use_after) {
   for (int column = 0; column < width; column += kColumns) {
     auto before = Columns<T>::filled(T(1)), after = before;
     for (int t = 0; t < kChunk; ++t) {
-      before.store(chunk.before[t] + column);
+      use_before(t, column, before);
       before = before * Columns<T>::load(chunk.decays->d[t] + column);
     }
     for (int t = kChunk - 1; t >= 0; --t) {
-      after.store(chunk.after[t] + column);
+      use_after(t, column, after);
       after = after * Columns<T>::load(chunk.decays->d[t] + column);
     }
   }
+}
+
+// Computes the decays before and after each token.
+template <typename T>
+void set_products(Chunk<T>& chunk, int width) {
+  const auto to = [](Tokens<T>& tokens) {
+    return [&](int t, int column, const Columns<T>& decay) { decay.store(tokens[t] + column); };
+  };
+  for_each_product(chunk, width, to(chunk.before), to(chunk.after));
 }
 
 // Multiplies r by the decays from the edge where the state enters, and k by those to the other edge, for both directions.
 template <bool causal, typename T>
 void decay_to_edges(const Chunk<T>& chunk, int width, Tokens<T>& r, Tokens<T>& k, Tokens<T>& r_reverse, Tokens<T>& k_reverse) {
   using C = Columns<T>;
-  for (int column = 0; column < width; column += kColumns) {
-    auto before = C::filled(T(1)), after = before;
-    for (int t = 0; t < kChunk; ++t) {
-      (C::load(chunk.r[t] + column) * before).store(r[t] + column);
-      if constexpr (!causal) (C::load(chunk.k[t] + column) * before).store(k_reverse[t] + column);
-      before = before * C::load(chunk.decays->d[t] + column);
-    }
-    for (int t = kChunk - 1; t >= 0; --t) {
-      (C::load(chunk.k[t] + column) * after).store(k[t] + column);
-      if constexpr (!causal) (C::load(chunk.r[t] + column) * after).store(r_reverse[t] + column);
-      after = after * C::load(chunk.decays->d[t] + column);
-    }
-  }
+  for_each_product(
+      chunk, width,
+      [&](int t, int column, const C& before) {
+        (C::load(chunk.r[t] + column) * before).store(r[t] + column);
+        if constexpr (!causal) (C::load(chunk.k[t] + column) * before).store(k_reverse[t] + column);
+      },
+      [&](int t, int column, const C& after) {
+        (C::load(chunk.k[t] + column) * after).store(k[t] + column);
+        if constexpr (!causal) (C::load(chunk.r[t] + column) * after).store(r_reverse[t] + column);
+      });
 }
 
 template <typename T, typename Params>
