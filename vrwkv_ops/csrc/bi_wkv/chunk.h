@@ -68,6 +68,7 @@ struct DecayVector {
   ChannelVector<T> power, inverse, exponent;
 
   VRWKV_FN Decay<T> get(int j) const { return {power.x[j], inverse.x[j], exponent.x[j]}; }
+  VRWKV_FN void set(int j, Decay<T> x) { power.x[j] = x.power, inverse.x[j] = x.inverse, exponent.x[j] = x.exponent; }
 };
 
 // The block of channels and the chunk of tokens that one call works on. In direction 0 states run from left to right, and
@@ -105,15 +106,6 @@ struct Chunk {
     if (t < length) (prefetch<kWidth, true>(outputs + offset(t)), ...);
   }
 
-  // e^(w n)
-  VRWKV_FN void read_decay(DecayVector<T>& to, int n) const {
-    const int64_t column = problem.decay_rows * problem.channels;
-    const T* row = problem.decay + n * problem.channels + c;
-    load(to.power, row, 1, count);
-    load(to.inverse, row + column, 1, count);
-    load(to.exponent, row + 2 * column, 1, count);
-  }
-
   VRWKV_FN T* state(int direction, int field, int fields) const {
     const int64_t plane = problem.batch * problem.chunks * problem.channels;
     return problem.states + (direction * fields + field) * plane + (b * problem.chunks + index) * problem.channels + c;
@@ -141,32 +133,6 @@ struct Chunk {
     store(p.gu + partial, gu, count);
   }
 };
-
-template <typename scalar_t>
-VRWKV_FN void fill_decay(const WkvParams<scalar_t>& p, int64_t c) {
-  using T = acc_type<scalar_t>;
-  const Chunk<scalar_t> chunk(p, 0, 0, c);
-  ScaledVector<double> ratio, at;
-  for (int j = 0; j < kWidth; ++j) {
-    const DecayPowers powers(j < chunk.count ? static_cast<double>(p.w[c + j]) : 0.);
-    ratio.set(j, powers.ratio), at.set(j, powers.at);
-  }
-  const int64_t column = p.decay_rows * p.channels;
-  ChannelVector<T> power, inverse, whole;
-  for (int64_t n = 0; n < p.decay_rows; ++n) {
-    for (int j = 0; j < kWidth; ++j) {
-      DecayPowers powers(ratio.get(j), at.get(j));
-      const auto row = Decay<T>::of(powers.at);
-      power.x[j] = row.power, inverse.x[j] = row.inverse, whole.x[j] = row.exponent;
-      powers.next();
-      at.set(j, powers.at);
-    }
-    T* to = p.decay + n * p.channels + c;
-    store(to, power, chunk.count);
-    store(to + column, inverse, chunk.count);
-    store(to + 2 * column, whole, chunk.count);
-  }
-}
 
 // The state of each chunk of an image is replaced by the joint state of all chunks before it (after it, in direction 1). On CUDA
 // segments of the chunks run in parallel; their sums are needed first. Positions count chunks in the order of the direction.
@@ -249,8 +215,8 @@ VRWKV_FN void join_direction(const P& p, int64_t b, int64_t c, int direction) {
 }
 
 template <typename T>
-VRWKV_FN void exp_vector(ScaledVector<T>& to, const ChannelVector<T>& x, T sign) {
-  for (int j = 0; j < kWidth; ++j) to.set(j, exp_scaled(sign * x.x[j]));
+VRWKV_FN void exp_vector(ScaledVector<T>& to, const ChannelVector<T>& x) {
+  for (int j = 0; j < kWidth; ++j) to.set(j, exp_scaled(x.x[j]));
 }
 
 template <typename T>
@@ -274,7 +240,7 @@ VRWKV_FN void forward_states(const WkvForwardParams<scalar_t>& p, const ChunkTyp
     chunk.prefetch_inputs(t + kPrefetchTokens, p.k, p.v);
     chunk.read(k, p.k, t);
     chunk.read_values(v, t);
-    exp_vector(key, k, T(1));
+    exp_vector(key, k);
     chunk.read_decay(decay, t + 1);
     absorb(before, key, decay, v);
     if constexpr (!causal) {
@@ -292,6 +258,22 @@ VRWKV_FN void forward_combine(const WkvForwardParams<scalar_t>& p, int64_t b, in
   if constexpr (!causal) join_direction<WkvState>(p, b, c, 1);
 }
 
+template <typename scalar_t, typename T = acc_type<scalar_t>>
+VRWKV_FN void write_output(const WkvForwardParams<scalar_t>& p, const Chunk<scalar_t>& chunk, int t, const ChannelVector<T>& y,
+                           const ChannelVector<T>& denominator, const ChannelVector<T>& exponent) {
+  store(p.y + chunk.offset(t), y, chunk.count);
+  if (p.z) {
+    ChannelVector<T> z;
+    for (int j = 0; j < kWidth; ++j) z.x[j] = log_scaled(denominator.x[j], exponent.x[j]);
+    store(p.z + chunk.offset(t), z, chunk.count);
+  }
+  if (p.y_residual) {
+    ChannelVector<T> residual;
+    for (int j = 0; j < kWidth; ++j) residual.x[j] = y.x[j] - static_cast<T>(static_cast<scalar_t>(y.x[j]));
+    store(p.y_residual + chunk.offset(t), residual, chunk.count);
+  }
+}
+
 template <bool causal, typename scalar_t, typename ChunkType>
 VRWKV_FN void forward_outputs(const WkvForwardParams<scalar_t>& p, const ChunkType& chunk) {
   using T = acc_type<scalar_t>;
@@ -300,7 +282,7 @@ VRWKV_FN void forward_outputs(const WkvForwardParams<scalar_t>& p, const ChunkTy
   ScaledVector<T> key, bonus;
   DecayVector<T> decay, grow;
   load(u, p.u + chunk.c, 1, chunk.count);
-  exp_vector(bonus, u, T(1));
+  exp_vector(bonus, u);
 
   // The state to the right of each token; every element is written before it is read.
   alignas(kAlignment) T after[causal ? 1 : kMaxChunk][WkvState<T>::kFields][kWidth];
@@ -312,7 +294,7 @@ VRWKV_FN void forward_outputs(const WkvForwardParams<scalar_t>& p, const ChunkTy
       chunk.prefetch_inputs(t - kPrefetchTokens, p.k, p.v);
       chunk.read(k, p.k, t);
       chunk.read_values(v, t);
-      exp_vector(key, k, T(1));
+      exp_vector(key, k);
       chunk.read_decay(decay, chunk.length - t);
       absorb(state, key, decay, v);
     }
@@ -343,38 +325,25 @@ VRWKV_FN void forward_outputs(const WkvForwardParams<scalar_t>& p, const ChunkTy
       s.absorb(grow.get(j).grow(weight), v.x[j]);
       state.set(j, s);
     }
-    store(p.y + chunk.offset(t), y, chunk.count);
-    if (p.z) {
-      ChannelVector<T> z;
-      for (int j = 0; j < kWidth; ++j) z.x[j] = log_scaled(denominator.x[j], exponent.x[j]);
-      store(p.z + chunk.offset(t), z, chunk.count);
-    }
-    if (p.y_residual) {
-      ChannelVector<T> residual;
-      for (int j = 0; j < kWidth; ++j) residual.x[j] = y.x[j] - static_cast<T>(static_cast<scalar_t>(y.x[j]));
-      store(p.y_residual + chunk.offset(t), residual, chunk.count);
-    }
+    write_output(p, chunk, t, y, denominator, exponent);
   }
 }
 
-// gy, y (times headroom, like the values) and e^(-z) of one token.
+// gy, y (times headroom, like the values) and z of one token.
 template <typename scalar_t>
 struct SavedToken {
   using T = acc_type<scalar_t>;
-  ChannelVector<T> gy, y;
-  ScaledVector<T> shrink;
+  ChannelVector<T> gy, y, z;
 
-  VRWKV_FN void prefetch_inputs(const WkvBackwardParams<scalar_t>& p, const Chunk<scalar_t>& chunk, int t) const {
+  static VRWKV_FN void prefetch_inputs(const WkvBackwardParams<scalar_t>& p, const Chunk<scalar_t>& chunk, int t) {
     const int64_t image = p.tokens * p.channels;
     chunk.prefetch_inputs(t, p.gy, View<T>{p.z, image, p.channels, 1}, View<scalar_t>{p.y, image, p.channels, 1});
   }
 
   VRWKV_FN void read(const WkvBackwardParams<scalar_t>& p, const Chunk<scalar_t>& chunk, int t) {
-    ChannelVector<T> z;
     chunk.read(gy, p.gy, t);
     load(z, p.z + chunk.offset(t), 1, chunk.count);
     load(y, p.y + chunk.offset(t), 1, chunk.count);
-    exp_vector(shrink, z, T(-1));
     if (p.y_residual) {
       ChannelVector<T> residual;
       load(residual, p.y_residual + chunk.offset(t), 1, chunk.count);
@@ -382,6 +351,9 @@ struct SavedToken {
     }
     for (int j = 0; j < kWidth; ++j) y.x[j] *= p.headroom;
   }
+
+  // e^(-z)
+  VRWKV_FN Scaled<T> shrink(int j) const { return exp_scaled(-z.x[j]); }
 };
 
 template <typename T>
@@ -415,7 +387,7 @@ VRWKV_FN void backward_states(const WkvBackwardParams<scalar_t>& p, const ChunkT
       const T origin = static_cast<T>(distances.origin(chunk.first + t, direction));
       for (int j = 0; j < kWidth; ++j) {
         auto s = state.get(j);
-        s.absorb(decay.get(j).grow(saved.shrink.get(j)), saved.gy.x[j], saved.y.x[j], counting.steps.x[j],
+        s.absorb(decay.get(j).grow(saved.shrink(j)), saved.gy.x[j], saved.y.x[j], counting.steps.x[j],
                  counting.origins.x[j] * origin);
         state.set(j, s);
       }
@@ -441,7 +413,7 @@ VRWKV_FN void backward_outputs(const WkvBackwardParams<scalar_t>& p, const Chunk
   ScaledVector<T> bonus;
   DecayVector<T> decay, grow;
   load(u, p.u + chunk.c, 1, chunk.count);
-  exp_vector(bonus, u, T(1));
+  exp_vector(bonus, u);
 
   // The parts of gk and gv from the outputs after each token; every element is written before it is read.
   alignas(kAlignment) T after[kMaxChunk][2][kWidth];
@@ -465,7 +437,7 @@ VRWKV_FN void backward_outputs(const WkvBackwardParams<scalar_t>& p, const Chunk
         grad.add(s, decay.get(j), exp_scaled(k.x[j]), v.x[j], counting.origins.x[j] * own);
         held[0][j] = grad.gk, held[1][j] = grad.gv;
         gw.x[j] += grad.gw;
-        s.absorb(grow.get(j).grow(saved.shrink.get(j)), saved.gy.x[j], saved.y.x[j], counting.steps.x[j],
+        s.absorb(grow.get(j).grow(saved.shrink(j)), saved.gy.x[j], saved.y.x[j], counting.steps.x[j],
                  counting.origins.x[j] * origin);
         state.set(j, s);
       }
@@ -489,11 +461,11 @@ VRWKV_FN void backward_outputs(const WkvBackwardParams<scalar_t>& p, const Chunk
     for (int j = 0; j < kWidth; ++j) {
       const Scaled<T> key = exp_scaled(k.x[j]);
       TokenGrad<T> grad;
-      grad.add_self(key, bonus.get(j), saved.shrink.get(j), saved.gy.x[j], v.x[j], saved.y.x[j], counting.origins.x[j] * far);
+      grad.add_self(key, bonus.get(j), saved.shrink(j), saved.gy.x[j], v.x[j], saved.y.x[j], counting.origins.x[j] * far);
       if constexpr (!causal) {
         auto s = state.get(j);
         grad.add(s, decay.get(j), key, v.x[j], counting.origins.x[j] * own);
-        s.absorb(grow.get(j).grow(saved.shrink.get(j)), saved.gy.x[j], saved.y.x[j], counting.steps.x[j],
+        s.absorb(grow.get(j).grow(saved.shrink(j)), saved.gy.x[j], saved.y.x[j], counting.steps.x[j],
                  counting.origins.x[j] * origin);
         state.set(j, s);
       }

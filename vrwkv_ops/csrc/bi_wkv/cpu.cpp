@@ -32,8 +32,7 @@ void for_each_tile(int64_t batch, int64_t chunks, int64_t channels, int64_t toke
 
 // Scans each chunk on its own, joins the states of the chunks, and writes the outputs of each chunk.
 template <typename P>
-void run_steps(const P& p, const PassKernels<P>& steps, void (*decay)(const WkvParams<typename P::scalar_type>&, int64_t)) {
-  for_each_tile(1, 1, p.channels, p.chunk_length, [&](int64_t, int64_t, int64_t c) { decay(p, c); });
+void run_steps(const P& p, const PassKernels<P>& steps) {
   if (p.chunks > 1) {
     for_each_tile(p.batch, p.chunks, p.channels, p.chunk_length,
                   [&](int64_t b, int64_t chunk, int64_t c) { steps.states(p, b, chunk, c); });
@@ -49,20 +48,17 @@ struct CpuBackend {
   }
 
   template <typename P>
-  static vrwkv_ops::Chunking chunking(int64_t tokens) {
-    const int64_t length = tokens <= kMaxChunk ? tokens : kChunk;
-    return {length, length + 1};
+  static int64_t chunk_length(int64_t tokens) {
+    return tokens <= kMaxChunk ? tokens : kChunk;
   }
 
   template <typename scalar_t>
   static void run(const WkvForwardParams<scalar_t>& p, bool causal) {
-    const auto& k = cpu_kernels<WkvKernels<scalar_t>>();
-    run_steps(p, k.forward[causal], k.decay);
+    run_steps(p, cpu_kernels<WkvKernels<scalar_t>>().forward[causal]);
   }
   template <typename scalar_t>
   static void run(const WkvBackwardParams<scalar_t>& p, bool causal) {
-    const auto& k = cpu_kernels<WkvKernels<scalar_t>>();
-    run_steps(p, k.backward[causal], k.decay);
+    run_steps(p, cpu_kernels<WkvKernels<scalar_t>>().backward[causal]);
   }
 };
 

@@ -8,7 +8,6 @@ namespace vrwkv_cpu {
 
 using vrwkv_ops::WkvBackwardParams;
 using vrwkv_ops::WkvForwardParams;
-using vrwkv_ops::WkvParams;
 
 // Channels of one call, and the largest number of tokens in a chunk, whose scratch memory fits the L2 cache.
 constexpr int kLanes = 32;
@@ -26,7 +25,6 @@ struct PassKernels {
 // The arrays are indexed by `causal`.
 template <typename scalar_t>
 struct WkvKernels {
-  void (*decay)(const WkvParams<scalar_t>&, int64_t c);
   PassKernels<WkvForwardParams<scalar_t>> forward[2];
   PassKernels<WkvBackwardParams<scalar_t>> backward[2];
 };

@@ -335,10 +335,10 @@ struct CudaBackend {
 
   // A tile is as long as the sequence if shared memory can hold that.
   template <typename P>
-  static vrwkv_ops::Chunking chunking(int64_t tokens) {
+  static int64_t chunk_length(int64_t tokens) {
     int rows = largest_rows<P>();
     if (tokens > rows * kMaxChunk) rows = std::min(rows, Occupancy<P>::kRows);
-    return {std::min<int64_t>(tokens, rows * kMaxChunk), 0};
+    return std::min<int64_t>(tokens, rows * kMaxChunk);
   }
 
   template <typename scalar_t>

@@ -1,5 +1,5 @@
 // Checks, allocations and dispatch over dtypes of the Bi-WKV operators, for a Backend that has
-//   template <typename P> static Chunking chunking(int64_t tokens);  // depends on sizes only, so that results do
+//   template <typename P> static int64_t chunk_length(int64_t tokens);  // depends on sizes only, so that results do
 //   template <typename P> static void run(const P&, bool causal);    // P is WkvForwardParams or WkvBackwardParams
 //   static std::tuple<at::Tensor, at::Tensor> sum_partials(const at::Tensor& gw, const at::Tensor& gu);  // over dimension 0
 #pragma once
@@ -15,11 +15,6 @@
 #include "state.h"
 
 namespace vrwkv_ops {
-
-// Tokens of a chunk, and rows of the table of decay powers; 0 without a table.
-struct Chunking {
-  int64_t length, decay_rows;
-};
 
 inline void check_wkv_inputs(const at::Tensor& w, const at::Tensor& u, const at::Tensor& k, const at::Tensor& v) {
   TORCH_CHECK(k.dim() == 3, "bi_wkv: expected k of shape (B, T, C), got ", k.sizes());
@@ -50,21 +45,18 @@ inline void check_wkv_saved(const at::Tensor& k, const at::Tensor& w, const at::
 // Fills the parameters that both passes share, and owns the memory that their kernels share.
 template <typename P>
 struct WkvWorkspace {
-  at::Tensor decay, states;
+  at::Tensor states;
 
-  WkvWorkspace(P& p, Chunking chunking, int state_fields, const at::Tensor& w, const at::Tensor& u, const at::Tensor& k,
+  WkvWorkspace(P& p, int64_t chunk_length, int state_fields, const at::Tensor& w, const at::Tensor& u, const at::Tensor& k,
                const at::Tensor& v) {
     using scalar_t = typename P::scalar_type;
     using acc_t = typename P::acc_t;
     p.batch = k.size(0), p.tokens = k.size(1), p.channels = k.size(2);
-    p.chunk_length = chunking.length, p.chunks = ceil_div(p.tokens, chunking.length);
-    p.decay_rows = chunking.decay_rows;
+    p.chunk_length = chunk_length, p.chunks = ceil_div(p.tokens, chunk_length);
     // A term is below 16 times its value: the mantissas of key, decay and chunk are below 2 each, and three sums are added.
     p.headroom = static_cast<acc_t>(std::ldexp(0.0625, -static_cast<int>(std::ceil(std::log2(p.tokens)))));
     p.w = w.const_data_ptr<acc_t>(), p.u = u.const_data_ptr<acc_t>();
     p.k = view<scalar_t>(k), p.v = view<scalar_t>(v);
-    decay = at::empty({kDecayColumns, p.decay_rows, p.channels}, w.options());
-    p.decay = decay.mutable_data_ptr<acc_t>();
     if (p.chunks > 1) states = at::empty({2, state_fields, p.batch, p.chunks, p.channels}, w.options());
     p.states = p.chunks > 1 ? states.mutable_data_ptr<acc_t>() : nullptr;
   }
@@ -81,8 +73,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> bi_wkv_forward(const at::Tensor& 
   if (k.numel() == 0) return {y, y_residual, z};
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, k.scalar_type(), "bi_wkv_forward", [&] {
     WkvForwardParams<scalar_t> p;
-    const WkvWorkspace workspace(p, Backend::template chunking<decltype(p)>(k.size(1)), vrwkv::WkvState<float>::kFields, w, u,
-                                 k, v);
+    const WkvWorkspace workspace(p, Backend::template chunk_length<decltype(p)>(k.size(1)), vrwkv::WkvState<float>::kFields, w,
+                                 u, k, v);
     p.y = y.mutable_data_ptr<scalar_t>();
     p.y_residual = data_or_null<scalar_t>(y_residual);
     p.z = data_or_null<acc_type<scalar_t>>(z);
@@ -106,8 +98,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> bi_wkv_backward(const
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, k.scalar_type(), "bi_wkv_backward", [&] {
     using acc_t = acc_type<scalar_t>;
     WkvBackwardParams<scalar_t> p;
-    const WkvWorkspace workspace(p, Backend::template chunking<decltype(p)>(k.size(1)), vrwkv::GradState<float>::kFields, w, u,
-                                 k, v);
+    const WkvWorkspace workspace(p, Backend::template chunk_length<decltype(p)>(k.size(1)), vrwkv::GradState<float>::kFields, w,
+                                 u, k, v);
     gw = at::empty({p.batch * p.chunks, p.channels}, w.options());
     gu = at::empty_like(gw);
     p.gy = view<scalar_t>(gy);

@@ -5,22 +5,18 @@
 
 namespace vrwkv_ops {
 
-constexpr int kDecayColumns = 3;  // power, inverse, exponent
-
-// The sequence is split into chunks of `chunk_length` tokens; the last one may be shorter. `decay` has the shape
-// (kDecayColumns, decay_rows, C) and holds powers of the decay, on the CPU. `states` has the shape (directions, state fields, B,
-// chunks, C) and is null if there is a single chunk.
+// The sequence is split into chunks of `chunk_length` tokens; the last one may be shorter. `states` has the shape (directions,
+// state fields, B, chunks, C) and is null if there is a single chunk.
 template <typename scalar_t>
 struct WkvParams {
   using scalar_type = scalar_t;
   using acc_t = acc_type<scalar_t>;
   int64_t batch, tokens, channels;
-  int64_t chunk_length, chunks, decay_rows;
+  int64_t chunk_length, chunks;
   acc_t headroom;  // values are multiplied by this power of two, so that sums over all tokens stay finite
   const acc_t* w;
   const acc_t* u;
   View<scalar_t> k, v;
-  acc_t* decay;
   acc_t* states;
 };
 

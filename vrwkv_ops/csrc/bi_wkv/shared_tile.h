@@ -21,8 +21,6 @@ namespace vrwkv {
 constexpr int kColumns = 32;  // channels of a tile, one for each lane of a warp
 static_assert(kWidth == 1, "a thread has one channel");
 
-constexpr float kLog2eFloat = static_cast<float>(kLog2e);
-
 // e^x 2^n for an integral n, if that is at most 2^127; 0 below 2^-126. The rounding of log2(e) changes the ratio of two weights
 // that are e^d apart by a factor of 1 + 1e-8 d.
 VRWKV_FN float exp_shifted(float x, float n) {
@@ -47,19 +45,8 @@ VRWKV_FN float quotient(float a, float b) {
 #endif
 }
 
-// The largest and the smallest of some numbers; NaN is ignored.
-struct Range {
-  float high = -INFINITY, low = INFINITY;
-
-  VRWKV_FN void include(float x) { high = ::fmaxf(high, x), low = ::fminf(low, x); }
-  // In bits.
-  VRWKV_FN float spread() const { return (high - low) * kLog2eFloat; }
-  VRWKV_FN float top() const { return ::ceilf(high * kLog2eFloat); }
-};
-
-// The largest distance in bits between weights that share an exponent, and the largest exponent, for which e^x is exact.
+// The largest distance in bits between weights that share an exponent.
 constexpr float kMaxSpread = 64.f;
-constexpr float kMaxTop = 65536.f;
 
 template <typename P>
 struct SharedTileLayout;
@@ -136,10 +123,7 @@ struct SharedTile {
   VRWKV_FN T* sum(int row, int which, int column) const { return sums + (row * 2 + which) * kColumns + column; }
 
   // e^(w n) for the careful path.
-  VRWKV_FN Decay<T> decay(int n, int column) const {
-    const double w = clamp(static_cast<double>(p.w[c + column]), static_cast<double>(kMaxDecay));
-    return Decay<T>::of(exp_scaled_unclamped(w * n));
-  }
+  VRWKV_FN Decay<T> decay(int n, int column) const { return Decay<T>::of(p.w[c + column], n); }
 
   template <typename State>
   VRWKV_FN State read_state(int row, int direction, int column) const {
@@ -231,19 +215,10 @@ struct SharedChunk : Chunk<typename P::scalar_type> {
   }
 };
 
-// The largest weight in a state, e^(x - w d). Its exponent becomes the exponent of the state: with a larger one other states
-// would vanish beside it, and TokenGrad requires none larger.
-struct LargestWeight {
-  float w, high = -INFINITY;
+struct Step {
+  float factor;  // e^(-w)
 
-  VRWKV_FN void absorb(float x) { high = ::fmaxf(high - w, x); }
-  // Changes the exponent of the state.
-  template <typename State>
-  VRWKV_FN void rescale_to_largest(State& s) const {
-    const float top = ::ceilf(high * kLog2eFloat);
-    s.advance(any_power_of_two(s.exponent - top), 0.f);
-    s.exponent = top;
-  }
+  VRWKV_FN float operator()(float x, float fresh) const { return multiply_add(x, factor, fresh); }
 };
 
 // The fast path of both passes: a thread's chunk and its decay. A thread without a channel has no tokens.
@@ -266,8 +241,7 @@ struct FastChunk {
   VRWKV_FN float key(int t) const { return read(kKeys, t); }
   VRWKV_FN float value(int t) const { return read(kValues, t) * tile.p.headroom; }
 
-  // e^(-w)
-  VRWKV_FN float step() const { return ::expf(-w); }
+  VRWKV_FN Step step() const { return {::expf(-w)}; }
   // Bits by which the tokens of a chunk can shrink or grow a state.
   VRWKV_FN float reach() const { return ::fabsf(w) * (kMaxChunk * kLog2eFloat); }
   VRWKV_FN float growth() const { return w < 0.f ? ::ceilf(reach()) : 0.f; }
@@ -323,19 +297,19 @@ struct WkvForwardPass {
     VRWKV_FN void states() const {
       WkvState<float> left, right;
       if (this->length > 0) {
-        const float step = this->step();
+        const auto step = this->step();
         float weights[kMaxChunk], values[kMaxChunk];
         left.exponent = right.exponent = frame;
         LargestWeight left_top{this->w}, right_top{this->w};
         this->for_each_token(0, [&](int t) {
           weights[t] = exp_shifted(this->key(t), -frame), values[t] = this->value(t);
-          absorb(left, weights[t], values[t], step);
+          left.absorb(step, weights[t], values[t]);
           left_top.absorb(this->key(t));
         });
         left_top.rescale_to_largest(left);
         if constexpr (!causal) {
           this->for_each_token(1, [&](int t) {
-            absorb(right, weights[t], values[t], step);
+            right.absorb(step, weights[t], values[t]);
             right_top.absorb(this->key(t));
           });
           right_top.rescale_to_largest(right);
@@ -357,14 +331,15 @@ struct WkvForwardPass {
       WkvState<float> right;
       if constexpr (!causal) right = this->tile.template read_state<WkvState<float>>(this->row, 1, this->column);
       const float top = ::fmaxf(frame, ::fmaxf(left.exponent, right.exponent) + this->growth());
-      const float step = this->step(), bonus = exp_shifted(this->u, 0.f), lift = 1.f / p.headroom;
+      const auto step = this->step();
+      const float bonus = exp_shifted(this->u, 0.f), lift = 1.f / p.headroom;
 
       WkvState<float> after[causal ? 1 : kMaxChunk];  // the state to the right of each token
       if constexpr (!causal) {
         right.advance(power_of_two(right.exponent - top), 0.f);
         this->for_each_token(1, [&](int t) {
           after[t] = right;
-          absorb(right, exp_shifted(this->key(t), -top), this->value(t), step);
+          right.absorb(step, exp_shifted(this->key(t), -top), this->value(t));
         });
       }
 
@@ -374,7 +349,7 @@ struct WkvForwardPass {
         const float weight = exp_shifted(this->key(t), -top), v = this->value(t), self = weight * bonus;
         float numerator = multiply_add(self, v, s.a), denominator = self + s.c;
         if constexpr (!causal) numerator += after[t].a, denominator += after[t].c;
-        absorb(s, weight, v, step);
+        s.absorb(step, weight, v);
         // The output of a token that sees only itself is exactly its value, as in Output.
         const float y = (denominator == self ? v : quotient(numerator, denominator)) * lift;
         this->write(kKeys, t, y);
@@ -382,12 +357,6 @@ struct WkvForwardPass {
         if (p.z && t < this->length)
           p.z[this->tile.offset(this->row * kMaxChunk + t) + this->column] = log_scaled(denominator, top);
       });
-    }
-
-   private:
-    static VRWKV_FN void absorb(WkvState<float>& s, float weight, float v, float step) {
-      s.a = multiply_add(s.a, step, weight * v);
-      s.c = multiply_add(s.c, step, weight);
     }
   };
 };
@@ -428,19 +397,20 @@ struct WkvBackwardPass {
     VRWKV_FN void states() const {
       GradState<float> left, right;
       if (this->length > 0) {
-        const BackwardRecurrence walk(*this);
+        const auto step = this->step();
+        const Counting counting(*this);
         float g[kMaxChunk], h[kMaxChunk];
         left.exponent = right.exponent = frame;
         LargestWeight left_top{this->w}, right_top{this->w};
         this->for_each_token(1, [&](int t) {
           g[t] = weighted(t, frame), h[t] = g[t] * y(t);
-          walk.absorb(right, t, 1, g[t], h[t]);
+          absorb(right, step, counting, t, 1, g[t], h[t]);
           right_top.absorb(shrink(t));
         });
         right_top.rescale_to_largest(right);
         if constexpr (!causal) {
           this->for_each_token(0, [&](int t) {
-            walk.absorb(left, t, 0, g[t], h[t]);
+            absorb(left, step, counting, t, 0, g[t], h[t]);
             left_top.absorb(shrink(t));
           });
           left_top.rescale_to_largest(left);
@@ -462,31 +432,32 @@ struct WkvBackwardPass {
       float gw = 0.f, gu = 0.f;
       if (this->length > 0) {
         const float top = this->top(), bonus = exp_shifted(this->u, 0.f);
-        const BackwardRecurrence walk(*this);
+        const auto step = this->step();
+        const Counting counting(*this);
         float gk_after[kMaxChunk], gv_after[kMaxChunk];  // from the outputs after each token
         {
           GradState<float> s = entering(1, top);
           this->for_each_token(1, [&](int t) {
-            gk_after[t] = gv_after[t] = 0.f;
-            walk.add_gradients(s, t, 1, exp_shifted(this->key(t), top), this->value(t), gk_after[t], gv_after[t], gw);
+            TokenGrad<float> grad;
+            grad.add(s, exp_shifted(this->key(t), top), this->value(t), counting.own(t, 1));
+            gk_after[t] = grad.gk, gv_after[t] = grad.gv, gw += grad.gw;
             const float g = weighted(t, top);
-            walk.absorb(s, t, 1, g, g * y(t));
+            absorb(s, step, counting, t, 1, g, g * y(t));
           });
         }
         GradState<float> s;
         if constexpr (!causal) s = entering(0, top);
         this->for_each_token(0, [&](int t) {
           const float key = exp_shifted(this->key(t), top), v = this->value(t), own_y = y(t), g = weighted(t, top);
-          const float self = key * bonus * g, part = self * (v - own_y);
-          float gk = gk_after[t] + part, gv = gv_after[t] + self;
-          gu += part;
-          gw = multiply_add(walk.far(t), part, gw);
+          TokenGrad<float> grad;
+          grad.add_self(key * bonus * g, v, own_y, counting.far(t));
           if constexpr (!causal) {
-            walk.add_gradients(s, t, 0, key, v, gk, gv, gw);
-            walk.absorb(s, t, 0, g, g * own_y);
+            grad.add(s, key, v, counting.own(t, 0));
+            absorb(s, step, counting, t, 0, g, g * own_y);
           }
-          this->write(kKeys, t, gk * lift);
-          this->write(kValues, t, gv);
+          gw += grad.gw, gu += grad.gu;
+          this->write(kKeys, t, (grad.gk + gk_after[t]) * lift);
+          this->write(kValues, t, grad.gv + gv_after[t]);
         });
       }
       *this->tile.sum(this->row, 0, this->column) = gw * lift;
@@ -510,36 +481,27 @@ struct WkvBackwardPass {
       return s;
     }
 
-    // The recurrences of the states and their distances, as in GradState and TokenGrad.
-    struct BackwardRecurrence {
-      float step, first;
-      DistanceFactors<float> counting;
+    // The distances of the tokens, for GradState and TokenGrad.
+    struct Counting {
+      float first;
+      DistanceFactors<float> factors;
       Distances<float> distances;
 
-      VRWKV_FN explicit BackwardRecurrence(const Fast& chunk)
-          : step(chunk.step()),
-            first(static_cast<float>(chunk.tile.first + chunk.row * kMaxChunk)),
-            counting(chunk.w),
+      VRWKV_FN explicit Counting(const Fast& chunk)
+          : first(static_cast<float>(chunk.tile.first + chunk.row * kMaxChunk)),
+            factors(chunk.w),
             distances{static_cast<float>(chunk.tile.p.tokens), causal} {}
 
-      VRWKV_FN float far(int t) const { return counting.origins * (distances.far(first + t) - 1.f); }
-
-      VRWKV_FN void absorb(GradState<float>& s, int t, int direction, float g, float h) const {
-        const float origin = counting.origins * distances.origin(first + t, direction);
-        s.dg = multiply_add(multiply_add(counting.steps, s.g, s.dg), step, origin * g);
-        s.dh = multiply_add(multiply_add(counting.steps, s.h, s.dh), step, origin * h);
-        s.g = multiply_add(s.g, step, g);
-        s.h = multiply_add(s.h, step, h);
-      }
-
-      VRWKV_FN void add_gradients(const GradState<float>& s, int t, int direction, float key, float v, float& gk, float& gv,
-                                  float& gw) const {
-        const float part = key * (s.g * v - s.h), own = counting.origins * distances.own(first + t, direction);
-        gv = multiply_add(key, s.g, gv);
-        gk += part;
-        gw -= multiply_add(own, part, key * (s.dg * v - s.dh));
-      }
+      VRWKV_FN float far(int t) const { return factors.origins * (distances.far(first + t) - 1.f); }
+      VRWKV_FN float own(int t, int direction) const { return factors.origins * distances.own(first + t, direction); }
+      VRWKV_FN float origin(int t, int direction) const { return factors.origins * distances.origin(first + t, direction); }
     };
+
+    // Absorbs g and h of token t.
+    static VRWKV_FN void absorb(GradState<float>& s, const Step& step, const Counting& counting, int t, int direction, float g,
+                                float h) {
+      s.absorb(step, g, h, counting.factors.steps, counting.origin(t, direction));
+    }
   };
 };
 

@@ -5,7 +5,7 @@
 //
 // A sequence is scanned in chunks. Within a chunk a state is stored in a frame that decays along with it: with t counted from
 // the start of the chunk, A_t e^(w t) = sum_{i<t} e^(k_i) e^(w (i+1)) v_i is a plain prefix sum. From the right, t counts from
-// the end of the chunk. A table holds the powers e^(w n). The states of chunks are joined in double.
+// the end of the chunk. The states of chunks are joined in double.
 #pragma once
 
 #include "../common/scaled.h"
@@ -14,25 +14,16 @@
 namespace {
 namespace vrwkv {
 
-// A row of the table of e^(w n) for n = 0, 1, …: e^(w n) = power * 2^exponent and e^(-w n) = inverse * 2^-exponent.
+// e^(w n) = power * 2^exponent and e^(-w n) = inverse * 2^-exponent, correct to the last bit in float for any n.
 template <typename T>
 struct Decay {
   T power, inverse, exponent;
 
   VRWKV_FN Scaled<T> grow(Scaled<T> x) const { return {x.mantissa * power, x.exponent + exponent}; }
-  static VRWKV_FN Decay of(Scaled<double> x) {
+  static VRWKV_FN Decay of(double w, double n) {
+    const auto x = exp_scaled_unclamped(clamp(w, static_cast<double>(kMaxDecay)) * n);
     return {static_cast<T>(x.mantissa), static_cast<T>(1. / x.mantissa), static_cast<T>(x.exponent)};
   }
-};
-
-// Steps through e^(w n) in double, so that the float values of a table with hundreds of rows are correct to the last bit.
-struct DecayPowers {
-  Scaled<double> ratio, at = {1., 0.};
-
-  VRWKV_FN explicit DecayPowers(double w) : ratio(exp_scaled(clamp(w, static_cast<double>(kMaxDecay)))) {}
-  VRWKV_FN DecayPowers(Scaled<double> ratio_, Scaled<double> at_) : ratio(ratio_), at(at_) {}
-
-  VRWKV_FN void next() { at = product(at, ratio); }
 };
 
 // The state of the forward pass: weighted sums of values and of ones, (A, C) or (B, D) of paper equation 6, times 2^exponent.
@@ -53,6 +44,12 @@ struct WkvState {
     a = multiply_add(a, held, fresh * v);
     c = multiply_add(c, held, fresh);
     exponent = top;
+  }
+  // The same with a weight in units of 2^exponent, in a state that step(x, fresh) = x e^(-w) + fresh decays.
+  template <typename Step>
+  VRWKV_FN void absorb(const Step& step, T weight, T v) {
+    a = step(a, weight * v);
+    c = step(c, weight);
   }
 
   // Multiplies by `factor` after `length` token steps.
@@ -109,6 +106,15 @@ struct GradState {
     h = multiply_add(h, held, fresh * y);
     exponent = top;
   }
+  // The same with g_t = `fresh` and h_t = `fresh_h` in units of 2^exponent, in a state that step(x, fresh) = x e^(-w) + fresh
+  // decays.
+  template <typename Step>
+  VRWKV_FN void absorb(const Step& step, T fresh, T fresh_h, T steps, T origin) {
+    dg = step(multiply_add(steps, g, dg), origin * fresh);
+    dh = step(multiply_add(steps, h, dh), origin * fresh_h);
+    g = step(g, fresh);
+    h = step(h, fresh_h);
+  }
 
   VRWKV_FN void advance(T factor, T length) {
     dg = multiply_add(length, g, dg) * factor;
@@ -120,6 +126,34 @@ struct GradState {
     h = multiply_add(factor, other.h, h);
     dg = multiply_add(factor, other.dg, dg);
     dh = multiply_add(factor, other.dh, dh);
+  }
+};
+
+// The fast paths, on the CPU and on CUDA, have all weights of a chunk share an exponent of at most this size.
+constexpr float kMaxTop = 65536.f;
+
+// The largest and the smallest of some numbers; NaN is ignored.
+struct Range {
+  float high = -INFINITY, low = INFINITY;
+
+  VRWKV_FN void include(float x) { high = maximum(x, high), low = minimum(x, low); }
+  // In bits.
+  VRWKV_FN float spread() const { return (high - low) * kLog2eFloat; }
+  VRWKV_FN float top() const { return ::ceilf(high * kLog2eFloat); }
+};
+
+// The largest weight in a state, e^(x - w d). Its exponent becomes the exponent of the state: with a larger one other states
+// would vanish beside it, and TokenGrad requires none larger.
+struct LargestWeight {
+  float w, high = -INFINITY;
+
+  VRWKV_FN void absorb(float x) { high = maximum(x, high - w); }
+  // Changes the exponent of the state.
+  template <typename State>
+  VRWKV_FN void rescale_to_largest(State& s) const {
+    const float top = ::ceilf(high * kLog2eFloat);
+    s.advance(any_power_of_two(s.exponent - top), 0.f);
+    s.exponent = top;
   }
 };
 
@@ -216,7 +250,10 @@ struct TokenGrad {
 
   VRWKV_FN void add(const GradState<T>& state, Decay<T> decay, Scaled<T> key, T v, T own) {
     // e^(k_i - z_t - w d) <= 1; with mantissas and the frame of a chunk the power of two is at most 8.
-    const T e = power_of_two(state.exponent - decay.exponent + key.exponent) * decay.inverse * key.mantissa;
+    add(state, power_of_two(state.exponent - decay.exponent + key.exponent) * decay.inverse * key.mantissa, v, own);
+  }
+  // `e` is the key's weight times 2^exponent of the state.
+  VRWKV_FN void add(const GradState<T>& state, T e, T v, T own) {
     const T part = e * (state.g * v - state.h);
     gv = multiply_add(e, state.g, gv);
     gk += part;
@@ -225,8 +262,12 @@ struct TokenGrad {
 
   // `far` is far_t - 1, or 0 for w >= 0.
   VRWKV_FN void add_self(Scaled<T> key, Scaled<T> bonus, Scaled<T> shrink, T gy, T v, T y, T far) {
-    const T g =
-        power_of_two(key.exponent + bonus.exponent + shrink.exponent) * key.mantissa * bonus.mantissa * shrink.mantissa * gy;
+    add_self(
+        power_of_two(key.exponent + bonus.exponent + shrink.exponent) * key.mantissa * bonus.mantissa * shrink.mantissa * gy, v,
+        y, far);
+  }
+  // `g` is gy times the token's own weight in its output.
+  VRWKV_FN void add_self(T g, T v, T y, T far) {
     const T part = g * (v - y);
     gv += g;
     gu += part;

@@ -17,3 +17,8 @@
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
 #endif
+
+// g++ would copy a vector in halves through memcpy; loading it whole right after would wait for the stores.
+#if (defined(VRWKV_CPU_AVX2) || defined(VRWKV_CPU_AVX512)) && !defined(__clang__)
+#pragma GCC optimize("no-tree-loop-distribute-patterns")
+#endif
