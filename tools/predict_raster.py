@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import io
 import json
 import math
@@ -424,6 +425,8 @@ def main(argv: list[str] | None = None) -> int:
         run(args)
     except (ValueError, OSError, ImportError) as error:
         print(f'{parser.prog}: {error}', file=sys.stderr)
+        if getattr(error, 'errno', None) == errno.ENOSPC:
+            print('Free some space and start again: finished windows are kept', file=sys.stderr)
         return 1
     return 0
 

@@ -29,8 +29,9 @@ def write_atomically(path: str | os.PathLike, data: bytes) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(path)
-    except OSError:
+    except OSError as error:
         temporary.unlink(missing_ok=True)
+        error.filename = error.filename or str(path)  # Python names no file when writing fails
         raise
     with suppress(OSError):  # Windows cannot open folders
         folder = os.open(path.parent, os.O_RDONLY)

@@ -237,7 +237,7 @@ def test_nan_shows_in_all_gradients_that_it_enters(backend, name, causal):
     results = run(backend, *inputs, causal)
     for which, got, expected in zip(NAMES, results, clean, strict=True):
         others, clean_others = got[..., [0, 2]], expected[..., [0, 2]]
-        if backend.name == 'cpu' or 'cuda' in backend.name:  # their neighbours take the careful path
+        if backend.name == 'cpu' or 'cuda' in backend.name:  # the careful path
             torch.testing.assert_close(others, clean_others, rtol=1e-4, atol=1e-5)
         else:
             assert torch.equal(others, clean_others)

@@ -1,5 +1,6 @@
 """Rasters: reading, statistics, pre-trained weights, and maps of them, against rasterio alone."""
 
+import errno
 import itertools
 
 import numpy as np
@@ -322,6 +323,20 @@ def test_full_disk_leaves_no_map(tool, repository, checkpoint, raster, monkeypat
     assert tool.main(argv) == 1
     assert 'disk full' in capfd.readouterr().err
     assert not raster.with_name('out.tif').exists()
+
+
+def test_full_disk_before_the_map(tool, repository, checkpoint, raster, monkeypatch, capfd):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    argv = arguments(repository, checkpoint, raster)
+    with monkeypatch.context() as patch:
+        patch.setattr('os.fsync', full)
+        assert tool.main(argv) == 1
+    text = capfd.readouterr().err
+    assert f"No space left on device: '{raster.with_name('out.tif.part')}" in text
+    assert 'Free some space and start again' in text
+    assert tool.main(argv) == 0
 
 
 def test_too_little_memory(load_script, repository, checkpoint, raster, capfd):
