@@ -17,7 +17,7 @@ from mmseg.structures import SegDataSample
 from torch import Tensor
 
 ROWS = 32  # of a strip, at a quarter of the image's resolution
-CLASSES = 16  # of a group
+CLASSES = 48  # of a group
 
 
 @MODELS.register_module()
