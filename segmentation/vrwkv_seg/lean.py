@@ -71,11 +71,12 @@ def _widen(x: Tensor, width: int) -> Tensor:
 def _rows(x: Tensor, height: int, start: int, stop: int) -> Tensor:
     """Return the rows from ``start`` to ``stop`` of a map whose height is resized to ``height``."""
     position = torch.arange(start, stop, device=x.device, dtype=torch.float32) + 0.5
-    position = (position * (x.shape[2] / height) - 0.5).clamp(min=0)
-    above = position.long()
-    below = (above + 1).clamp(max=x.shape[2] - 1)
-    weight = (position - above)[:, None].to(x.dtype)
-    return torch.lerp(x[:, :, above], x[:, :, below], weight)
+    position = (position * (x.shape[2] / height) - 0.5).clamp(0, x.shape[2] - 1)
+    first, last = int(position[0]), int(position[-1].ceil()) + 1
+    # Each row is a mean of two. As a product of matrices it needs no memory but the result's.
+    distance = position[:, None] - torch.arange(first, last, device=x.device)
+    weights = (1 - distance.abs()).clamp(min=0).to(x.dtype)
+    return torch.matmul(weights, x[:, :, first:last])
 
 
 @MODELS.register_module()
