@@ -222,8 +222,9 @@ def test_values_near_the_largest_float(backend, tokens, dtype):
     """A mean of large values is no larger, though their sum would overflow."""
     w, u, k, v, _ = make_inputs(tokens, 2, 1, dtype=dtype)
     v = torch.full_like(v, torch.finfo(dtype).max / 2)
-    y = backend.function('bi_wkv')(*(x.to(backend.device) for x in (w, u, k, v)))
-    torch.testing.assert_close(y.cpu(), v, rtol=1e-5 if dtype == torch.float32 else 0, atol=0)
+    for decay in (w, torch.full_like(w, -0.15)):  # weights that grow with distance, too
+        y = backend.function('bi_wkv')(*(x.to(backend.device) for x in (decay, u, k, v)))
+        torch.testing.assert_close(y.cpu(), v, rtol=1e-5 if dtype == torch.float32 else 0, atol=0)
 
 
 @on(only=has_kernels)

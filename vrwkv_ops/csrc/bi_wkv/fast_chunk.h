@@ -24,6 +24,21 @@ struct Step {
   VRWKV_FN float operator()(float x, float fresh) const { return multiply_add(x, high, multiply_add(x, low, fresh)); }
 };
 
+// LargestWeight of each lane.
+struct LargestWeightVector {
+  ChannelVector<float> high;
+
+  VRWKV_FN LargestWeightVector() {
+    for (int j = 0; j < kWidth; ++j) high.x[j] = -INFINITY;
+  }
+  VRWKV_FN LargestWeight get(int j, float w) const { return {w, high.x[j]}; }
+  VRWKV_FN void absorb(int j, float w, float x) {
+    LargestWeight largest = get(j, w);
+    largest.absorb(x);
+    high.x[j] = largest.high;
+  }
+};
+
 // A block of channels and a chunk on the fast path.
 template <typename scalar_t>
 struct FastChunk {
@@ -70,15 +85,15 @@ struct FastChunk {
     }
   }
 
-  // Brings the states that enter from both sides, and `top`, to the largest exponent of all. A state that vanishes beside
-  // another, below 2^-126, is still below float precision after growth and times any key and bonus.
+  // Brings the states that enter from both sides, and `top`, to the largest exponent of all, growth included: sums of large
+  // values stay finite. A state that vanishes beside another, below 2^-126, is still below float precision after growth and times any key and bonus.
   template <typename State>
   VRWKV_FN void enter(StateVector<State, float>& left, StateVector<State, float>& right) {
     constexpr int kExponent = State::kFields - 1;
     for (int j = 0; j < kWidth; ++j) {
-      const float entering = maximum(left.field[kExponent][j], right.field[kExponent][j]);
+      const float entering = maximum(left.field[kExponent][j], right.field[kExponent][j]) + growth.x[j];
       fits &= entering - top.x[j] <= kMaxSpread;
-      top.x[j] = maximum(top.x[j], entering);
+      top.x[j] = std::ceil(maximum(top.x[j], entering));
       for (auto* state : {&left, &right}) {
         State s = state->get(j);
         s.advance(power_of_two(s.exponent - top.x[j]), 0.f);
@@ -87,13 +102,13 @@ struct FastChunk {
     }
   }
 
-  // Writes a state of the chunk alone. `high` is from LargestWeight.
+  // Writes a state of the chunk alone.
   template <typename State>
-  VRWKV_FN void write_state(StateVector<State, float>& state, const ChannelVector<float>& high, int direction) const {
+  VRWKV_FN void write_state(StateVector<State, float>& state, const LargestWeightVector& largest, int direction) const {
     for (int j = 0; j < kWidth; ++j) {
       State s = state.get(j);
       s.exponent = top.x[j];
-      LargestWeight{w.x[j], high.x[j]}.rescale_to_largest(s);
+      largest.get(j, w.x[j]).rescale_to_largest(s);
       // chunk.h keeps states in the frame of the chunk's start.
       const Decay<float> by = Decay<float>::of(w.x[j], chunk.length);
       s.advance(by.power, 0.f);
@@ -124,8 +139,7 @@ VRWKV_FN bool fast_forward_states(const WkvForwardParams<scalar_t>& p, const Chu
   ChannelVector<float> k, v;
   for (int direction = 0; direction < (causal ? 1 : 2); ++direction) {
     WkvStateVector<float> state;
-    ChannelVector<float> high;
-    for (int j = 0; j < kWidth; ++j) high.x[j] = -INFINITY;
+    LargestWeightVector largest;
     for (int i = 0; i < chunk.length; ++i) {
       const int t = direction == 0 ? i : chunk.length - 1 - i;
       chunk.read(k, p.k, t);
@@ -137,12 +151,10 @@ VRWKV_FN bool fast_forward_states(const WkvForwardParams<scalar_t>& p, const Chu
         auto s = state.get(j);
         s.absorb(fast.step(j), weights[t][j], v.x[j]);
         state.set(j, s);
-        LargestWeight largest{fast.w.x[j], high.x[j]};
-        largest.absorb(k.x[j]);
-        high.x[j] = largest.high;
+        largest.absorb(j, fast.w.x[j], k.x[j]);
       }
     }
-    fast.write_state(state, high, direction);
+    fast.write_state(state, largest, direction);
   }
   return true;
 }
@@ -210,25 +222,26 @@ VRWKV_FN bool fast_backward_states(const WkvBackwardParams<scalar_t>& p, const C
   const Distances<int64_t> distances{p.tokens, causal};
   const DistanceFactorsVector<float> counting(chunk);
   SavedToken<scalar_t> saved;
-  for (int direction = causal ? 1 : 0; direction < 2; ++direction) {
+  constexpr int kFirst = causal ? 1 : 0;
+  alignas(kAlignment) float gs[kMaxChunk][kWidth];
+  for (int direction = kFirst; direction < 2; ++direction) {
     GradStateVector<float> state;
-    ChannelVector<float> high;
-    for (int j = 0; j < kWidth; ++j) high.x[j] = -INFINITY;
+    LargestWeightVector largest;
     for (int i = 0; i < chunk.length; ++i) {
       const int t = direction == 0 ? i : chunk.length - 1 - i;
       saved.read(p, chunk, t);
       const float origin = static_cast<float>(distances.origin(chunk.first + t, direction));
+      if (direction == kFirst) {
+        for (int j = 0; j < kWidth; ++j) gs[t][j] = weight_of(-saved.z.x[j], -fast.top.x[j]) * saved.gy.x[j];
+      }
       for (int j = 0; j < kWidth; ++j) {
         auto s = state.get(j);
-        const float g = weight_of(-saved.z.x[j], -fast.top.x[j]) * saved.gy.x[j];
-        s.absorb(fast.step(j), g, g * saved.y.x[j], counting.steps.x[j], counting.origins.x[j] * origin);
+        s.absorb(fast.step(j), gs[t][j], gs[t][j] * saved.y.x[j], counting.steps.x[j], counting.origins.x[j] * origin);
         state.set(j, s);
-        LargestWeight largest{fast.w.x[j], high.x[j]};
-        largest.absorb(-saved.z.x[j]);
-        high.x[j] = largest.high;
+        largest.absorb(j, fast.w.x[j], -saved.z.x[j]);
       }
     }
-    fast.write_state(state, high, direction);
+    fast.write_state(state, largest, direction);
   }
   return true;
 }
