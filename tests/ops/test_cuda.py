@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from vrwkv_ops import bi_wkv, q_shift, scan, token_shift
+from vrwkv_ops.benchmarking import replay
 
 from .operators import DTYPES
 
@@ -93,19 +94,13 @@ def test_cuda_graph(dtype, tokens):
         y = bi_wkv(w, u, shifted, v)
         return [y, *torch.autograd.grad([y, other], leaves, [gy, gy])]
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    results = []
+    call = replay(lambda: results.append(step()), torch.device('cuda'))
+    captured = results[-1]
     with torch.no_grad():
         for old, new in zip((w, u, k, v, gy), make_inputs((2, tokens, 33), dtype, seed=1)):  # noqa: B905
             old.copy_(new)
-    graph.replay()
+    call()
     torch.cuda.synchronize()
     assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
 

@@ -1,8 +1,9 @@
 """Times the operators of vrwkv_ops: forward, and forward with backward, from 224 to 2048 pixels.
 
 Every kernel is first held against float64 on the same inputs; a wrong one is refused, and no time
-of it is printed. Yardsticks are PyTorch's scaled_dot_product_attention over the same tokens and
-channels, torch.exp over the same elements, and a copy's bandwidth. Exits with 1 if one was refused.
+of it is printed. On a GPU a time is the replay of a CUDA graph, with the time from Python beside
+it. Yardsticks are PyTorch's scaled_dot_product_attention over the same tokens and channels,
+torch.exp over the same elements, and a copy's bandwidth. Exits with 1 if one was refused.
 
   python vrwkv_ops/benchmarks/operators.py --resolutions 224 1024
   python vrwkv_ops/benchmarks/operators.py --elements 33554432 --heads 0     # a whole GPU
@@ -44,6 +45,7 @@ from vrwkv_ops.benchmarking import (
     keep_freed_memory,
     markdown_table,
     positive_int,
+    replay,
     time_calls,
     write_json,
 )
@@ -70,7 +72,8 @@ class Row:
         direction: ``'forward'`` or ``'forward+backward'``.
         error: Largest relative error of a result against float64 (norm over norm); None for
             yardsticks.
-        seconds: Median of a call; None if the kernel was refused.
+        seconds: Median of a call, on a GPU of its kernels alone; None if the kernel was refused.
+        eager_seconds: On a GPU, median of a call from Python.
         bytes: What it must read and write at the least; None where that says nothing.
         refused: Why no time is given.
     """
@@ -83,6 +86,7 @@ class Row:
     direction: str
     error: float | None = None
     seconds: float | None = None
+    eager_seconds: float | None = None
     bytes: int | None = None
     refused: str = ''
 
@@ -305,9 +309,26 @@ def measure(args: argparse.Namespace, dtype: torch.dtype, resolution: int) -> li
                 row.refused = f'failed: {type(error).__name__}: {error}'.splitlines()[0][:120]
             if not row.refused:
                 calls[name] = call
-        for name, seconds in time_calls(calls, args.device, args.repeats, PATIENCE).items():
-            next(r for r in rows if (r.kernel, r.direction) == (name, direction)).seconds = seconds
+        seconds = eager = time_calls(calls, args.device, args.repeats, PATIENCE)
+        if args.device.type == 'cuda':
+            graphs = replays(calls, args.device)
+            seconds = eager | time_calls(graphs, args.device, args.repeats, PATIENCE)
+        for row in rows:
+            if row.direction == direction and row.kernel in calls:
+                row.seconds = seconds[row.kernel]
+                row.eager_seconds = None if seconds is eager else eager[row.kernel]
     return rows
+
+
+def replays(calls: dict[str, Callable], device: torch.device) -> dict[str, Callable]:
+    """Replays of the calls that a CUDA graph can hold."""
+    graphs = {}
+    for name, call in calls.items():
+        try:
+            graphs[name] = replay(call, device)
+        except RuntimeError as error:
+            print(f'{name} is timed from Python, no CUDA graph holds it: {error}')
+    return graphs
 
 
 def table(rows: list[Row], bandwidth: float) -> str:
@@ -320,12 +341,13 @@ def table(rows: list[Row], bandwidth: float) -> str:
         line = [*map(str, (r.dtype, r.resolution, r.batch, r.tokens)), r.kernel, r.direction]
         line.append('' if r.error is None else f'{r.error:.0e}')
         if r.seconds is None:
-            cells.append([*line, r.refused, '', ''])
+            cells.append([*line, r.refused, '', '', ''])
             continue
         share = '' if r.bytes is None else f'{r.bytes / r.seconds / bandwidth:.0%}'
         yardstick = attention.get((r.dtype, r.resolution, r.direction))
         gain = '' if yardstick is None else f'{yardstick / r.seconds:.3g}'
-        cells.append([*line, f'{r.seconds * 1e3:.3f}', share, gain])
+        eager = '' if r.eager_seconds is None else f'{r.eager_seconds * 1e3:.3f}'
+        cells.append([*line, f'{r.seconds * 1e3:.3f}', eager, share, gain])
     header = (
         'dtype',
         'pixels',
@@ -335,9 +357,12 @@ def table(rows: list[Row], bandwidth: float) -> str:
         'pass',
         'error',
         'ms',
+        'eager ms',
         'of copy',
         'x attention',
     )
+    if all(r.eager_seconds is None for r in rows):
+        header, *cells = ([*line[:8], *line[9:]] for line in [header, *cells])
     return markdown_table(header, cells)
 
 

@@ -248,6 +248,24 @@ def _seconds(call: Callable[[], object], used: torch.device, count: int) -> floa
     return (time.perf_counter() - start) / count
 
 
+def replay(call: Callable[[], object], used: torch.device) -> Callable[[], object]:
+    """Return a function that runs the GPU kernels of a call as one CUDA graph, without Python.
+
+    Raises:
+        RuntimeError: If the call does what a graph cannot hold, as waiting for the GPU.
+    """
+    with torch.cuda.device(used):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            call()  # warms up on the stream that autograd will use
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            call()
+    return graph.replay
+
+
 def copy_bandwidth(used: torch.device, repeats: int) -> float:
     """Measure the bytes per second that a copy of 256 MiB (64 MiB on a CPU) reads and writes."""
     size = 2**26 if used.type == 'cpu' else 2**28
