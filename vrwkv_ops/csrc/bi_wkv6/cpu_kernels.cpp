@@ -34,7 +34,7 @@ constexpr int kMaxSize = vrwkv_ops::kMaxHeadSize;
 constexpr int kState = kMaxSize * kMaxSize;
 // The backward pass keeps the chunks of a segment and the states before them; a short sequence is one segment.
 constexpr int kSegment = 4, kShort = 16;
-constexpr int kPairRegisters = 4;
+constexpr int kPairRegisters = 4, kGradientRegisters = 2;
 
 // Complete unrolling lets the compiler keep rows in registers.
 #define VRWKV_UNROLL _Pragma("GCC unroll 16")
@@ -386,93 +386,92 @@ template <typename T>
 struct alignas(kVectorBytes) Gradients {
   Tokens<T> r, k, log_d;           // log_d: of the logarithms of the decays
   Tokens<T> of_later, of_earlier;  // shares of log_d that each token leaves to all tokens before it, and after it
-  T across[kMaxSize];              // shares of log_d of pairs of tokens on both sides of the chunk
+  Tokens<T> of_pairs;              // those of the pairs of each token and a later one of the chunk
+  T across[kMaxSize];              // those of pairs of tokens on both sides of the chunk
   T v[kMaxSize][kChunk];           // transposed
 };
+
+// Adds what kWidth channels from c on contribute to the products of token t with the tokens before it, in both roles; the sum of
+// a row is a weight. Given the gradients of the weights, adds those of r, k and the decays between the tokens to `sums`.
+template <bool causal, bool with_gradients, int kWidth, typename T>
+VRWKV_FN void add_pairs(const Chunk<T>& chunk, const T* u, int t, int c, Lanes<T>* earlier, Lanes<T>* later, Lanes<T>& own,
+                        const T (*gscores)[kChunk], Gradients<T>* sums) {
+  using R = Row<T, kWidth>;
+  const Tokens<T>& decays = chunk.decays->d;
+  const auto add = [](Lanes<T>& sum, const R& a, const R& b) {
+    VRWKV_UNROLL
+    for (int i = 0; i < R::kParts; ++i) sum.part[0] = fused(a.part[i], b.part[i], sum.part[0]);
+  };
+  R r = R::load(chunk.r[t] + c), k = R::load(chunk.k[t] + c), e = R::filled(T(1));  // e: decay from token i to t
+  const R bonus = R::load(u + c);
+  add(own, r * bonus, k);
+  R gr, gk, log_d;
+  if constexpr (with_gradients) {
+    const R scale = R::filled(gscores[t][t]) * bonus;
+    gr = R::load(sums->r[t] + c).plus(scale, k);
+    gk = R::load(sums->k[t] + c).plus(scale, r);
+    log_d = R::load(sums->log_d[t] + c);
+  }
+  for (int i = t - 1; i >= 0; --i) {
+    const R k_i = R::load(chunk.k[i] + c), d = R::load(decays[i] + c);
+    R across;  // shares of log_d of the pairs of token i and a token after t, then of t or after it
+    add(earlier[i], r, k_i);
+    if constexpr (with_gradients) {
+      const R scale = R::filled(gscores[t][i]), scaled = scale * k_i;
+      across = R::load(sums->of_pairs[i] + c);
+      log_d = log_d + across;
+      gr = gr.plus(e, scaled);
+      across = across.plus(r, scaled);
+      R::load(sums->k[i] + c).plus(scale, r).store(sums->k[i] + c);
+    }
+    r = r * d;
+    if constexpr (!causal) {
+      const R r_i = R::load(chunk.r[i] + c);
+      add(later[i], k, r_i);
+      if constexpr (with_gradients) {
+        const R scale = R::filled(gscores[i][t]), scaled = scale * r_i;
+        gk = gk.plus(e, scaled);
+        across = across.plus(k, scaled);
+        R::load(sums->r[i] + c).plus(scale, k).store(sums->r[i] + c);
+      }
+      k = k * d;
+    }
+    if constexpr (with_gradients) {
+      across.store(sums->of_pairs[i] + c);
+      e = e * d;
+    }
+  }
+  if constexpr (with_gradients) {
+    gr.store(sums->r[t] + c);
+    gk.store(sums->k[t] + c);
+    log_d.store(sums->log_d[t] + c);
+  }
+}
 
 // Computes the weights of the values of a chunk in its results: scores[t][i] = sum r_t E k_i, with the bonus u for t = i. Given
 // their gradients, adds those of r, k and the decays between the tokens to `sums`.
 template <bool causal, bool with_gradients, typename T>
 void find_scores(const Chunk<T>& chunk, const T* u, int width, T (*scores)[kChunk], const T (*gscores)[kChunk],
                  Gradients<T>* sums) {
-  using R = Lanes<T>;
-  const auto add = [](T* to, const R& x) { (R::load(to) + x).store(to); };
-  for (int t = 0; t < kChunk; ++t) {
-    R earlier[kChunk], later[kChunk], own[4];  // products of token t with tokens before it, in both roles
-    for (R& x : earlier) x = R::filled(T(0));
-    for (R& x : later) x = R::filled(T(0));
-    for (R& x : own) x = R::filled(T(0));
+  // Several registers at once, so that each sum is read and written less often.
+  constexpr int kLanes = Lanes<T>::kLanes, kWide = kLanes * (with_gradients ? kGradientRegisters : kPairRegisters);
+  if constexpr (with_gradients) std::fill_n(sums->of_pairs[0], kChunk * kMaxSize, T(0));
+  for (int t = kChunk - 1; t >= 0; --t) {
+    Lanes<T> earlier[kChunk], later[kChunk], own[4];
+    for (auto& x : earlier) x = Lanes<T>::filled(T(0));
+    for (auto& x : later) x = Lanes<T>::filled(T(0));
+    for (auto& x : own) x = Lanes<T>::filled(T(0));
     int c = 0;
-    if constexpr (!with_gradients) {
-      // Several registers at once, so that each sum is read and written less often.
-      using Wide = Row<T, kPairRegisters * R::kLanes>;
-      const auto add_products = [](R& sum, const Wide& a, const Wide& b) {
-        VRWKV_UNROLL
-        for (int i = 0; i < kPairRegisters; ++i) sum.part[0] = fused(a.part[i], b.part[i], sum.part[0]);
-      };
-      for (; c + kPairRegisters * R::kLanes <= width; c += kPairRegisters * R::kLanes) {
-        Wide r = Wide::load(chunk.r[t] + c), k = Wide::load(chunk.k[t] + c);
-        add_products(own[0], r * Wide::load(u + c), k);
-        for (int i = t - 1; i >= 0; --i) {
-          const Wide d = Wide::load(chunk.decays->d[i] + c);
-          add_products(earlier[i], r, Wide::load(chunk.k[i] + c));
-          r = r * d;
-          if constexpr (!causal) {
-            add_products(later[i], k, Wide::load(chunk.r[i] + c));
-            k = k * d;
-          }
-        }
-      }
-    }
-    for (; c < width; c += R::kLanes) {
-      R r = R::load(chunk.r[t] + c), k = R::load(chunk.k[t] + c), e = R::filled(T(1));  // e: decay from token i to t
-      const R bonus = R::load(u + c);
-      own[0] = own[0].plus(r * bonus, k);
-      R gr, gk, pairs[kChunk];
-      if constexpr (with_gradients) {
-        const R scale = R::filled(gscores[t][t]) * bonus;
-        gr = R::load(sums->r[t] + c).plus(scale, k);
-        gk = R::load(sums->k[t] + c).plus(scale, r);
-      }
-      for (int i = t - 1; i >= 0; --i) {
-        const R k_i = R::load(chunk.k[i] + c), d = R::load(chunk.decays->d[i] + c);
-        earlier[i] = earlier[i].plus(r, k_i);
-        if constexpr (with_gradients) {
-          const R scale = R::filled(gscores[t][i]), scaled = scale * k_i;
-          gr = gr.plus(e, scaled);
-          pairs[i] = r * scaled;
-          R::load(sums->k[i] + c).plus(scale, r).store(sums->k[i] + c);
-        }
-        r = r * d;
-        if constexpr (!causal) {
-          const R r_i = R::load(chunk.r[i] + c);
-          later[i] = later[i].plus(k, r_i);
-          if constexpr (with_gradients) {
-            const R scale = R::filled(gscores[i][t]), scaled = scale * r_i;
-            gk = gk.plus(e, scaled);
-            pairs[i] = pairs[i].plus(k, scaled);
-            R::load(sums->r[i] + c).plus(scale, k).store(sums->r[i] + c);
-          }
-          k = k * d;
-        }
-        if constexpr (with_gradients) e = e * d;
-      }
-      if constexpr (with_gradients) {
-        gr.store(sums->r[t] + c);
-        gk.store(sums->k[t] + c);
-        R passing = R::filled(T(0));  // pairs of token t and a token before token i
-        for (int i = 1; i < t; ++i) {
-          passing = passing + pairs[i - 1];
-          add(sums->log_d[i] + c, passing);
-        }
-      }
-    }
-    T of_later[kChunk], of_own[4];
-    sum_rows(scores[t], earlier, t);
-    sum_rows(of_later, later, t);
+    for (; c + kWide <= width; c += kWide)
+      add_pairs<causal, with_gradients, kWide>(chunk, u, t, c, earlier, later, own[0], gscores, sums);
+    for (; c < width; c += kLanes)
+      add_pairs<causal, with_gradients, kLanes>(chunk, u, t, c, earlier, later, own[0], gscores, sums);
+    T of_earlier[kChunk], of_later[kChunk], of_own[4];
+    sum_rows(of_earlier, earlier, t);
+    sum_rows(of_later, later, t);  // zero for a causal operator
     sum_rows(of_own, own, 1);
     scores[t][t] = of_own[0];
-    for (int i = 0; i < t; ++i) scores[i][t] = of_later[i];  // zero for a causal operator
+    for (int i = 0; i < t; ++i) scores[t][i] = of_earlier[i], scores[i][t] = of_later[i];
   }
 }
 
