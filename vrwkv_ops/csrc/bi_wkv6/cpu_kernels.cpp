@@ -4,19 +4,18 @@
 // They see the other chunks through states, and all of that is products of small matrices: the state of a head, keys by values,
 // with receptances and keys that decay to the edge of their chunk. All decays are factors of at most one, and nothing is
 // subtracted.
+#include "cpu_kernels.h"
+
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
 #include <algorithm>
 #include <memory>
 #include <vector>
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
 #include "../common/cpu_isa_begin.h"
 #include "../common/scaled.h"
-#include "cpu_kernels.h"
+#include "../common/vector.h"
 
 namespace {
 namespace vrwkv {
@@ -261,8 +260,7 @@ struct alignas(kVectorBytes) Chunk {
 // Heads have a multiple of 8 channels: a constant loop becomes one instruction or two.
 template <typename To, typename From>
 VRWKV_FN void copy_channels(To* __restrict to, const From* __restrict from, int64_t size) {
-  for (int64_t c = 0; c < size; c += 8)
-    for (int j = 0; j < 8; ++j) to[c + j] = static_cast<To>(from[c + j]);
+  for (int64_t c = 0; c < size; c += 8) convert<8>(to + c, from + c);
 }
 
 // Copies the tokens of a chunk, and prefetches those that come `ahead` tokens later. Fills the rest of the chunk with zeros.
@@ -278,7 +276,7 @@ VRWKV_FN void read(Tokens<T>& to, const View<scalar_t>& from, int64_t image, con
       if (next >= 0 && next < tokens)
         for (int64_t c = 0; c < size; c += 64 / sizeof(scalar_t)) __builtin_prefetch(row + ahead * from.token_stride + c);
     } else {
-      for (int64_t c = 0; c < size; ++c) to[t][c] = static_cast<T>(row[c * from.channel_stride]);
+      for (int64_t c = 0; c < size; ++c) to[t][c] = convert<T>(row[c * from.channel_stride]);
     }
     for (int64_t c = size; c < width; ++c) to[t][c] = T(0);
   }

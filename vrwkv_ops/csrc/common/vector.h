@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "compiler.h"
 
@@ -21,6 +22,35 @@ struct alignas(sizeof(scalar_t) * kLanes) Pack {
   scalar_t x[kLanes];
 };
 
+template <typename To, typename From>
+VRWKV_FN To convert(From x) {
+#if defined(VRWKV_CPU_AVX2) || defined(VRWKV_CPU_AVX512)
+  // c10::Half converts in software if the flags of the build do not have F16C, which these instruction sets have.
+  if constexpr (std::is_same_v<From, c10::Half> && std::is_same_v<To, float>) return _cvtsh_ss(x.x);
+  if constexpr (std::is_same_v<From, float> && std::is_same_v<To, c10::Half>)
+    return {_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT), c10::Half::from_bits()};
+#endif
+  return static_cast<To>(x);
+}
+
+template <int kCount, typename To, typename From>
+VRWKV_FN void convert(To* to, const From* from) {
+#if defined(VRWKV_CPU_AVX2) || defined(VRWKV_CPU_AVX512)
+  if constexpr (kCount % 8 == 0 && std::is_same_v<From, c10::Half> && std::is_same_v<To, float>) {
+    for (int j = 0; j < kCount; j += 8)
+      _mm256_storeu_ps(to + j, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + j))));
+    return;
+  }
+  if constexpr (kCount % 8 == 0 && std::is_same_v<From, float> && std::is_same_v<To, c10::Half>) {
+    for (int j = 0; j < kCount; j += 8)
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + j),
+                       _mm256_cvtps_ph(_mm256_loadu_ps(from + j), _MM_FROUND_TO_NEAREST_INT));
+    return;
+  }
+#endif
+  for (int j = 0; j < kCount; ++j) to[j] = convert<To>(from[j]);
+}
+
 // Loads `count` lanes; the others keep their values. On CUDA vectors of several lanes are whole, contiguous and aligned.
 template <typename T, int kLanes, typename scalar_t>
 VRWKV_FN void load(Vector<T, kLanes>& to, const scalar_t* from, int64_t stride, int count) {
@@ -32,9 +62,9 @@ VRWKV_FN void load(Vector<T, kLanes>& to, const scalar_t* from, int64_t stride, 
   }
 #endif
   if (stride == 1 && count == kLanes) {
-    for (int j = 0; j < kLanes; ++j) to.x[j] = static_cast<T>(from[j]);
+    convert<kLanes>(to.x, from);
   } else {
-    for (int j = 0; j < count; ++j) to.x[j] = static_cast<T>(from[j * stride]);
+    for (int j = 0; j < count; ++j) to.x[j] = convert<T>(from[j * stride]);
   }
 }
 
@@ -49,9 +79,9 @@ VRWKV_FN void store(scalar_t* to, const Vector<T, kLanes>& from, int count) {
   }
 #endif
   if (count == kLanes) {
-    for (int j = 0; j < kLanes; ++j) to[j] = static_cast<scalar_t>(from.x[j]);
+    convert<kLanes>(to, from.x);
   } else {
-    for (int j = 0; j < count; ++j) to[j] = static_cast<scalar_t>(from.x[j]);
+    for (int j = 0; j < count; ++j) to[j] = convert<scalar_t>(from.x[j]);
   }
 }
 

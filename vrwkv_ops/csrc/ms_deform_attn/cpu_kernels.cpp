@@ -63,12 +63,11 @@ void deform_forward(const P& p, int64_t first_row, int64_t last_row) {
         for_each_point(p, row, head, [&](const Corners<T>& corners, T attention, int64_t, int64_t) VRWKV_INLINE_LAMBDA {
           const scalar_t* at[4];
           find_pixels(at, corners, value + c, stride);
-          const scalar_t *v0 = at[0], *v1 = at[1], *v2 = at[2], *v3 = at[3];
+          Vector<T, kLanes> v[4];
+          for (int n = 0; n < 4; ++n) load(v[n], at[n], 1, kLanes);
           const T w0 = attention * corners.weight[0], w1 = attention * corners.weight[1];
           const T w2 = attention * corners.weight[2], w3 = attention * corners.weight[3];
-          for (int j = 0; j < kLanes; ++j)
-            sum.x[j] += (w0 * static_cast<T>(v0[j]) + w1 * static_cast<T>(v1[j])) +
-                        (w2 * static_cast<T>(v2[j]) + w3 * static_cast<T>(v3[j]));
+          for (int j = 0; j < kLanes; ++j) sum.x[j] += (w0 * v[0].x[j] + w1 * v[1].x[j]) + (w2 * v[2].x[j] + w3 * v[3].x[j]);
         });
         store(out + c, sum, kLanes);
       });
@@ -81,8 +80,10 @@ template <int kLanes, typename T, typename scalar_t>
 VRWKV_FN void visit_pixel(T* __restrict__ sums, const T* __restrict__ x, const scalar_t* __restrict__ pixel, T factor,
                           T (&lanes)[kNarrow]) {
   constexpr int kStep = kLanes < kNarrow ? 1 : kNarrow;
+  Vector<T, kLanes> value;
+  load(value, pixel, 1, kLanes);
   for (int first = 0; first < kLanes; first += kStep)
-    for (int j = 0; j < kStep; ++j) lanes[j] += x[first + j] * static_cast<T>(pixel[first + j]);
+    for (int j = 0; j < kStep; ++j) lanes[j] += x[first + j] * value.x[first + j];
   for (int j = 0; j < kLanes; ++j) sums[j] += factor * x[j];
 }
 
@@ -96,7 +97,7 @@ void deform_backward(const P& p, int64_t image, int64_t head, typename P::acc_t*
   if constexpr (!kIsHalf) sums = p.gvalue + start;
   for (int64_t q = 0; q < p.queries; ++q) {
     const int64_t row = image * p.queries + q;
-    for (int64_t c = 0; c < p.channels; ++c) row_grad[c] = static_cast<T>(p.grad[(row * p.heads + head) * p.channels + c]);
+    for (int64_t c = 0; c < p.channels; ++c) row_grad[c] = convert<T>(p.grad[(row * p.heads + head) * p.channels + c]);
     const auto point = [&](const Corners<T>& corners, T attention, int64_t level, int64_t i) VRWKV_INLINE_LAMBDA {
       T dot[4] = {};
       for (int n = 0; n < 4; ++n) {
@@ -120,8 +121,7 @@ void deform_backward(const P& p, int64_t image, int64_t head, typename P::acc_t*
   }
   if constexpr (kIsHalf) {
     for (int64_t s = 0; s < p.values; ++s)
-      for (int64_t c = 0; c < p.channels; ++c)
-        p.gvalue[start + s * stride + c] = static_cast<scalar_t>(sums[s * p.channels + c]);
+      for (int64_t c = 0; c < p.channels; ++c) p.gvalue[start + s * stride + c] = convert<scalar_t>(sums[s * p.channels + c]);
   }
 }
 
