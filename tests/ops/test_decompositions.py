@@ -51,8 +51,7 @@ def problem(tokens, decay, seed=0):
         ('blocked', 1, 40, False),
         ('chunked', 16, 900, False),
         ('chunked', 4, 3000, False),
-        ('chunked', 16, 900, True),
-        ('auto', 16, 900, True),
+        ('auto', 16, 900, True),  # chunks
     ],
 )
 def test_forms_against_the_dense_formula(form, chunk, limit, causal):

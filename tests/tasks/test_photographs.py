@@ -85,6 +85,7 @@ def shorten(cfg, root):
         loader = cfg[f'{split}_dataloader']
         loader.update(num_workers=0, persistent_workers=False)
         loader.dataset.data_root = f'{root}/'
+        loader.batch_size = min(2, loader.batch_size)
         evaluator = cfg.get(f'{split}_evaluator', {})
         if 'ann_file' in evaluator:
             evaluator.ann_file = f'{root}/{split}.json'
