@@ -49,6 +49,7 @@ VRWKV_FN void shift_forward(const TokenShiftForwardParams<scalar_t>& p, int64_t 
   const int64_t offset = (b * p.geometry.tokens() + t) * p.channels + c;
   for (int n = 0; n < kMixes; ++n) {
     load(mix, p.mixes + n * p.channels + c, 1, kLanes);
+    VRWKV_LANE_LOOP
     for (int j = 0; j < kLanes; ++j) out.x[j] = multiply_add(own.x[j], mix.x[j], moved.x[j] * (1 - mix.x[j]));
     store(p.out[n] + offset, out, kLanes);
   }
