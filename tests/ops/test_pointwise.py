@@ -8,7 +8,7 @@ import torch
 import vrwkv_ops
 
 from .backends import has_kernels, on
-from .operators import OPERATORS
+from .operators import HALF, OPERATORS
 
 
 @on(only=has_kernels)
@@ -23,6 +23,16 @@ def test_extremes(backend):
     r = r[:6].requires_grad_()
     gate(r, torch.ones_like(r)).sum().backward()
     torch.testing.assert_close(r.grad.cpu(), torch.zeros(6))
+
+
+@on(only=has_kernels)
+@pytest.mark.parametrize('dtype', HALF, ids=str)
+def test_every_number_of_a_half_type(backend, dtype):
+    """The square is rounded as by PyTorch: ties, subnormal numbers, overflow and NaN, too."""
+    x = torch.arange(-(2**15), 2**15, device=backend.device).to(torch.int16).view(dtype)
+    expected = torch.where(x < 0, 0, x.float().square()).to(dtype)
+    found = backend.function('squared_relu')(x)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @on()

@@ -269,7 +269,7 @@ VRWKV_FN void write_output(const WkvForwardParams<scalar_t>& p, const Chunk<scal
   }
   if (p.y_residual) {
     ChannelVector<T> residual;
-    for (int j = 0; j < kWidth; ++j) residual.x[j] = y.x[j] - convert<T>(convert<scalar_t>(y.x[j]));
+    for (int j = 0; j < kWidth; ++j) residual.x[j] = y.x[j] - cast<T>(cast<scalar_t>(y.x[j]));
     store(p.y_residual + chunk.offset(t), residual, chunk.count);
   }
 }

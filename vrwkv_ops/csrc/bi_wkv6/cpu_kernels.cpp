@@ -260,7 +260,7 @@ struct alignas(kVectorBytes) Chunk {
 // Heads have a multiple of 8 channels: a constant loop becomes one instruction or two.
 template <typename To, typename From>
 VRWKV_FN void copy_channels(To* __restrict to, const From* __restrict from, int64_t size) {
-  for (int64_t c = 0; c < size; c += 8) convert<8>(to + c, from + c);
+  for (int64_t c = 0; c < size; c += 8) cast_lanes<8>(to + c, from + c);
 }
 
 // Copies the tokens of a chunk, and prefetches those that come `ahead` tokens later. Fills the rest of the chunk with zeros.
@@ -276,7 +276,7 @@ VRWKV_FN void read(Tokens<T>& to, const View<scalar_t>& from, int64_t image, con
       if (next >= 0 && next < tokens)
         for (int64_t c = 0; c < size; c += 64 / sizeof(scalar_t)) __builtin_prefetch(row + ahead * from.token_stride + c);
     } else {
-      for (int64_t c = 0; c < size; ++c) to[t][c] = convert<T>(row[c * from.channel_stride]);
+      for (int64_t c = 0; c < size; ++c) to[t][c] = cast<T>(row[c * from.channel_stride]);
     }
     for (int64_t c = size; c < width; ++c) to[t][c] = T(0);
   }

@@ -41,7 +41,7 @@ VRWKV_FN __m128i narrow(__m256 x, c10::BFloat16) {
 #endif
 
 template <typename To, typename From>
-VRWKV_FN To convert(From x) {
+VRWKV_FN To cast(From x) {
 #if defined(VRWKV_CPU_AVX2) || defined(VRWKV_CPU_AVX512)
   if constexpr (std::is_same_v<From, c10::Half> && std::is_same_v<To, float>) return _cvtsh_ss(x.x);
   if constexpr (std::is_same_v<From, float> && std::is_same_v<To, c10::Half>)
@@ -51,7 +51,7 @@ VRWKV_FN To convert(From x) {
 }
 
 template <int kCount, typename To, typename From>
-VRWKV_FN void convert(To* to, const From* from) {
+VRWKV_FN void cast_lanes(To* to, const From* from) {
 #if defined(VRWKV_CPU_AVX2) || defined(VRWKV_CPU_AVX512)
   if constexpr (kCount % 8 == 0 && std::is_same_v<To, float> && sizeof(From) == 2) {
     for (int j = 0; j < kCount; j += 8) _mm256_storeu_ps(to + j, widen(from + j));
@@ -63,7 +63,7 @@ VRWKV_FN void convert(To* to, const From* from) {
     return;
   }
 #endif
-  for (int j = 0; j < kCount; ++j) to[j] = convert<To>(from[j]);
+  for (int j = 0; j < kCount; ++j) to[j] = cast<To>(from[j]);
 }
 
 // Loads `count` lanes; the others keep their values. On CUDA vectors of several lanes are whole, contiguous and aligned.
@@ -77,9 +77,9 @@ VRWKV_FN void load(Vector<T, kLanes>& to, const scalar_t* from, int64_t stride, 
   }
 #endif
   if (stride == 1 && count == kLanes) {
-    convert<kLanes>(to.x, from);
+    cast_lanes<kLanes>(to.x, from);
   } else {
-    for (int j = 0; j < count; ++j) to.x[j] = convert<T>(from[j * stride]);
+    for (int j = 0; j < count; ++j) to.x[j] = cast<T>(from[j * stride]);
   }
 }
 
@@ -94,9 +94,9 @@ VRWKV_FN void store(scalar_t* to, const Vector<T, kLanes>& from, int count) {
   }
 #endif
   if (count == kLanes) {
-    convert<kLanes>(to, from.x);
+    cast_lanes<kLanes>(to, from.x);
   } else {
-    for (int j = 0; j < count; ++j) to[j] = convert<scalar_t>(from.x[j]);
+    for (int j = 0; j < count; ++j) to[j] = cast<scalar_t>(from.x[j]);
   }
 }
 

@@ -97,7 +97,7 @@ void deform_backward(const P& p, int64_t image, int64_t head, typename P::acc_t*
   if constexpr (!kIsHalf) sums = p.gvalue + start;
   for (int64_t q = 0; q < p.queries; ++q) {
     const int64_t row = image * p.queries + q;
-    for (int64_t c = 0; c < p.channels; ++c) row_grad[c] = convert<T>(p.grad[(row * p.heads + head) * p.channels + c]);
+    for (int64_t c = 0; c < p.channels; ++c) row_grad[c] = cast<T>(p.grad[(row * p.heads + head) * p.channels + c]);
     const auto point = [&](const Corners<T>& corners, T attention, int64_t level, int64_t i) VRWKV_INLINE_LAMBDA {
       T dot[4] = {};
       for (int n = 0; n < 4; ++n) {
@@ -121,7 +121,7 @@ void deform_backward(const P& p, int64_t image, int64_t head, typename P::acc_t*
   }
   if constexpr (kIsHalf) {
     for (int64_t s = 0; s < p.values; ++s)
-      for (int64_t c = 0; c < p.channels; ++c) p.gvalue[start + s * stride + c] = convert<scalar_t>(sums[s * p.channels + c]);
+      for (int64_t c = 0; c < p.channels; ++c) p.gvalue[start + s * stride + c] = cast<scalar_t>(sums[s * p.channels + c]);
   }
 }
 
