@@ -237,7 +237,7 @@ model['data_preprocessor'].update(mean=[0.0] * 4, std=[255.0] * 4, bgr_to_rgb=Fa
     tool.main()
     head, *rows = capsys.readouterr().out.strip().splitlines()
     assert head.startswith('An image of 512 x 256 pixels on a CPU, 1 threads, torch ')
-    for mode, row in zip(('lean', 'slide'), rows[1:], strict=True):
+    for mode, row in zip(('lean', 'slide'), rows[2:], strict=True):
         _, name, found, seconds, gibibytes, _ = (cell.strip() for cell in row.split('|'))
         assert (name, found) == (config.stem, mode)
         assert float(seconds) > 0
