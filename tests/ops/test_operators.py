@@ -152,9 +152,6 @@ def off_by_one(x):
     return torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape)
 
 
-LAYOUTS = (every_second, batch_last, transposed, off_by_one)
-
-
 @on()
 @operators
 def test_strides_do_not_matter(backend, operator):
@@ -165,7 +162,7 @@ def test_strides_do_not_matter(backend, operator):
     for dtype in HALF[1:] if is_slow else (*PAIR, torch.float64):
         call = operator.make(shape, dtype, backend.device)
         expected = call.run(backend)
-        for layout in LAYOUTS[:2] if is_slow else LAYOUTS:
+        for layout in (transposed, every_second, batch_last, off_by_one):
             moved = call.map(layout)
             for name in operator.parameters:
                 moved.inputs[name] = every_second(call.inputs[name])

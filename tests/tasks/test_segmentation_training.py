@@ -224,7 +224,7 @@ def test_heads_of_other_classes_end_a_run(write_config, data_root, tmp_path):
 def test_whole_vs_slide(write_config, load_script, monkeypatch, capsys):
     """The command's table for images of four channels.
 
-    Sliding windows hold at least the logits, 4 bytes for each class and pixel.
+    Other than lean, a peak holds at least the logits, 4 bytes for each class and pixel.
     """
     tool = load_script('tools/analysis_tools/whole_vs_slide.py')
     changes = """
@@ -232,12 +232,12 @@ model['backbone']['in_channels'] = 4
 model['data_preprocessor'].update(mean=[0.0] * 4, std=[255.0] * 4, bgr_to_rgb=False)
 """
     config = write_config('size', changes=changes)
-    options = ['--size', '256', '512', '--threads', '1', '--modes', 'lean', 'slide']
+    options = ['--size', '256', '512', '--threads', '1']
     monkeypatch.setattr('sys.argv', ['whole_vs_slide.py', str(config), *options])
     tool.main()
     head, *rows = capsys.readouterr().out.strip().splitlines()
     assert head.startswith('An image of 512 x 256 pixels on a CPU, 1 threads, torch ')
-    for mode, row in zip(('lean', 'slide'), rows[2:], strict=True):
+    for mode, row in zip(('whole', 'lean', 'slide'), rows[2:], strict=True):
         _, name, found, seconds, gibibytes, _ = (cell.strip() for cell in row.split('|'))
         assert (name, found) == (config.stem, mode)
         assert float(seconds) > 0

@@ -38,7 +38,7 @@ def finish_and_compare(config, broken, unbroken, load):
     assert_same_training(resumed, load(unbroken / 'epoch_4.pth'))
 
 
-@pytest.mark.parametrize('workers', ['no workers', 'persistent workers'])
+@pytest.mark.parametrize('workers', WORKERS)
 def test_killed_in_epoch(workers, toy_config, run, load, tmp_path):
     number, persistent = WORKERS[workers]
     changes = f'train_dataloader.update(num_workers={number}, persistent_workers={persistent})'
