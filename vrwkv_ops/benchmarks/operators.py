@@ -309,14 +309,15 @@ def measure(args: argparse.Namespace, dtype: torch.dtype, resolution: int) -> li
                 row.refused = f'failed: {type(error).__name__}: {error}'.splitlines()[0][:120]
             if not row.refused:
                 calls[name] = call
-        seconds = eager = time_calls(calls, args.device, args.repeats, PATIENCE)
-        if args.device.type == 'cuda':
-            graphs = replays(calls, args.device)
-            seconds = eager | time_calls(graphs, args.device, args.repeats, PATIENCE)
+        on_gpu = args.device.type == 'cuda'
+        graphs = replays(calls, args.device) if on_gpu else {}
+        eager, replayed = (
+            time_calls(each, args.device, args.repeats, PATIENCE) for each in (calls, graphs)
+        )
         for row in rows:
             if row.direction == direction and row.kernel in calls:
-                row.seconds = seconds[row.kernel]
-                row.eager_seconds = None if seconds is eager else eager[row.kernel]
+                row.seconds = replayed.get(row.kernel, eager[row.kernel])
+                row.eager_seconds = eager[row.kernel] if on_gpu else None
     return rows
 
 
@@ -336,18 +337,19 @@ def table(rows: list[Row], bandwidth: float) -> str:
     attention = {
         (r.dtype, r.resolution, r.direction): r.seconds for r in rows if r.kernel == 'attention'
     }
+    on_gpu = any(r.eager_seconds is not None for r in rows)
     cells = []
     for r in rows:
         line = [*map(str, (r.dtype, r.resolution, r.batch, r.tokens)), r.kernel, r.direction]
         line.append('' if r.error is None else f'{r.error:.0e}')
         if r.seconds is None:
-            cells.append([*line, r.refused, '', '', ''])
+            cells.append([*line, r.refused, *[''] * (3 if on_gpu else 2)])
             continue
         share = '' if r.bytes is None else f'{r.bytes / r.seconds / bandwidth:.0%}'
         yardstick = attention.get((r.dtype, r.resolution, r.direction))
         gain = '' if yardstick is None else f'{yardstick / r.seconds:.3g}'
-        eager = '' if r.eager_seconds is None else f'{r.eager_seconds * 1e3:.3f}'
-        cells.append([*line, f'{r.seconds * 1e3:.3f}', eager, share, gain])
+        eager = [f'{r.eager_seconds * 1e3:.3f}'] if on_gpu else []
+        cells.append([*line, f'{r.seconds * 1e3:.3f}', *eager, share, gain])
     header = (
         'dtype',
         'pixels',
@@ -357,12 +359,10 @@ def table(rows: list[Row], bandwidth: float) -> str:
         'pass',
         'error',
         'ms',
-        'eager ms',
+        *(['eager ms'] if on_gpu else []),
         'of copy',
         'x attention',
     )
-    if all(r.eager_seconds is None for r in rows):
-        header, *cells = ([*line[:8], *line[9:]] for line in [header, *cells])
     return markdown_table(header, cells)
 
 

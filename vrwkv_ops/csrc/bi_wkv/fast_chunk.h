@@ -86,7 +86,8 @@ struct FastChunk {
   }
 
   // Brings the states that enter from both sides, and `top`, to the largest exponent of all, growth included: sums of large
-  // values stay finite. A state that vanishes beside another, below 2^-126, is still below float precision after growth and times any key and bonus.
+  // values stay finite. A state that vanishes beside another, below 2^-126, is still below float precision after growth and
+  // times any key and bonus.
   template <typename State>
   VRWKV_FN void enter(StateVector<State, float>& left, StateVector<State, float>& right) {
     constexpr int kExponent = State::kFields - 1;

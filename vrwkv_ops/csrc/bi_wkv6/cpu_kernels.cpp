@@ -6,9 +6,6 @@
 // subtracted.
 #include "cpu_kernels.h"
 
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
-
 #include <algorithm>
 #include <memory>
 #include <vector>
@@ -389,7 +386,7 @@ struct alignas(kVectorBytes) Gradients {
   T v[kMaxSize][kChunk];           // transposed
 };
 
-// Adds what kWidth channels from c on contribute to the products of token t with the tokens before it, in both roles; the sum of
+// Adds what kWidth channels from c on give to the products of token t with the tokens before it, in both roles; the sum of
 // a row is a weight. Given the gradients of the weights, adds those of r, k and the decays between the tokens to `sums`.
 template <bool causal, bool with_gradients, int kWidth, typename T>
 VRWKV_FN void add_pairs(const Chunk<T>& chunk, const T* u, int t, int c, Lanes<T>* earlier, Lanes<T>* later, Lanes<T>& own,
