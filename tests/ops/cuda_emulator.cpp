@@ -33,9 +33,9 @@ TORCH_LIBRARY(vrwkv_emulated, m) {
   m.def("q_shift(Tensor x, int height, int width, int shift_pixel, float channel_gamma, bool reverse, int heads=1) -> Tensor",
         vrwkv_cuda::q_shift);
   m.def(
-      "token_shift(Tensor x, Tensor mixes, int height, int width, int shift_pixel, float channel_gamma, str mode, "
+      "token_shift_forward(Tensor x, Tensor mixes, int height, int width, int shift_pixel, float channel_gamma, str mode, "
       "int heads=1) -> Tensor[]",
-      vrwkv_cuda::token_shift);
+      vrwkv_cuda::token_shift_forward);
   m.def(
       "token_shift_backward(Tensor[] grads, Tensor x, Tensor mixes, int height, int width, int shift_pixel, "
       "float channel_gamma, str mode, int heads=1) -> (Tensor, Tensor)",

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from vrwkv_ops import backends, definitions
 
@@ -39,7 +40,9 @@ def calls():
     for name, modes in MODES.items():
         for mode in dict.fromkeys(modes):
             yield from schema_calls(name, make_inputs('cpu'), mode)
-    yield torch.ops.vrwkv_ops.bi_wkv, (*make_inputs('cpu'), True)
+    w, u, k, v = make_inputs('cpu')
+    yield torch.ops.vrwkv_ops.bi_wkv, (w, u, k, v, True)
+    yield torch.ops.vrwkv_ops.token_shift, (k, [w, u[None, None]], 2, 3, 1, 0.25, 'q_shift')
 
 
 CALLS = [(op.__name__.rpartition('.')[2], args) for op, args in calls()]
@@ -122,3 +125,17 @@ def test_autocast_is_the_same(name, args):
                     dtypes += [x.grad.dtype for x in tensors(leaves)]
         outcomes.append(dtypes)
     assert outcomes[0] == outcomes[1]
+
+
+@pytest.mark.parametrize(('name', 'args'), CALLS)
+def test_forward_mode_is_refused(name, args):
+    """Its tangents are not lost in silence, also where no gradient is needed."""
+    with torch.no_grad(), forward_ad.dual_level():
+        duals = [
+            forward_ad.make_dual(x.detach(), torch.ones_like(x))
+            if isinstance(x, torch.Tensor)
+            else x
+            for x in args
+        ]
+        with pytest.raises(RuntimeError, match='jvp is not implemented'):
+            getattr(torch.ops.vrwkv_ops, name)(*duals)

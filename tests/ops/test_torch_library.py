@@ -41,7 +41,7 @@ def schema_calls(name, inputs, mode):
     elif name == 'token_shift':
         mixes = torch.stack([w, u])
         grid = (2, 3, 1, 0.25, mode, 2) if mode == 'q_shift' else (1, 6, 1, 0.25, mode)
-        yield ops.token_shift, (inputs[2], mixes.clone().requires_grad_(), *grid)
+        yield ops.token_shift_forward, (inputs[2], mixes.clone().requires_grad_(), *grid)
         yield ops.token_shift_backward, ([k, v], k, mixes, *grid)
     elif name == 'ms_deform_attn':
         value = inputs[2].detach()[:, :, None].requires_grad_()  # (B, 6, 1, C)
@@ -244,7 +244,7 @@ def test_nothing_as_large_as_an_input_is_allocated(dtype):
     _, sizes = _allocations(lambda: ops.q_shift(k, 64, 64, 1, 0.25, False))
     assert [size for size in sizes if size >= nbytes] == [nbytes]
     shift = (torch.stack([w, u]), 64, 64, 1, 0.25, 'q_shift')
-    _, sizes = _allocations(lambda: ops.token_shift(k, *shift))
+    _, sizes = _allocations(lambda: ops.token_shift_forward(k, *shift))
     assert [size for size in sizes if size >= nbytes] == [nbytes] * 2
     _, sizes = _allocations(lambda: ops.token_shift_backward([k, v], k, *shift))
     assert [size for size in sizes if size >= nbytes] == [nbytes]

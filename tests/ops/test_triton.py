@@ -120,10 +120,10 @@ def test_direct_calls_are_told_what_is_wrong(interpreted):
     with pytest.raises(RuntimeError, match='grid of 3 x 3'):
         operators.q_shift(k, 3, 3, 1, 0.25, False)
     with pytest.raises(RuntimeError, match='expected mixes of shape'):
-        operators.token_shift(k, w, 2, 3, 1, 0.25, 'q_shift')
+        operators.token_shift_forward(k, w, 2, 3, 1, 0.25, 'q_shift')
     with pytest.raises(RuntimeError, match='expected 2 gradients'):
         operators.token_shift_backward([k], k, torch.zeros(2, 4), 2, 3, 1, 0.25, 'q_shift')
-    with pytest.raises(RuntimeError, match='one shape, dtype and device'):
+    with pytest.raises(RuntimeError, match='floats of one shape, dtype and device'):
         operators.sigmoid_gate(k, k[:1])
 
 

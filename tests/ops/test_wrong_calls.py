@@ -298,7 +298,7 @@ def test_kernels_guard_direct_calls(backend):
         (k, w[None], *grid, 0),
     ):
         with pytest.raises(RuntimeError):
-            ops.token_shift(x, mixes, *args)
+            ops.token_shift_forward(x, mixes, *args)
     for grads in ([], [k, k], [k[:, :5]], [k.half()]):
         with pytest.raises(RuntimeError):
             ops.token_shift_backward(grads, k, w[None], *grid)

@@ -23,6 +23,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -136,6 +137,17 @@ def autocast(args: argparse.Namespace):
     return torch.autocast(args.device.type, torch.bfloat16, enabled=enabled)
 
 
+def compiled(network: nn.Module, images: Tensor, runtime: str) -> Callable:
+    """Compile a model for images of one size."""
+    if runtime == 'compile':
+        return torch.compile(network, fullgraph=True)
+    program = torch.export.export(network, (images,))
+    with tempfile.TemporaryDirectory() as folder:
+        path = f'{folder}/model.pt2'
+        torch._inductor.aoti_compile_and_package(program, package_path=path)
+        return torch._inductor.aoti_load_package(path)
+
+
 def measure(args: argparse.Namespace, size: str, model: str, resolution: int) -> Row:
     """Measure one model at one resolution in this process."""
     row = Row(size, model, resolution)
@@ -157,6 +169,10 @@ def measure(args: argparse.Namespace, size: str, model: str, resolution: int) ->
 
     def kernel(w: Tensor, u: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
         return (peer.function if peer else bi_wkv)(w, u, k, v)
+
+    if args.runtime != 'eager':
+        with attention_of(model, kernel), torch.no_grad():
+            network = compiled(network, images, args.runtime)
 
     def step() -> None:
         with attention_of(model, kernel), torch.set_grad_enabled(args.train):
@@ -293,6 +309,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--vrwkv6', action='store_true', help='measure VRWKV6, too')
     parser.add_argument('--train', action='store_true', help='forward and backward pass')
     parser.add_argument(
+        '--runtime',
+        choices=('eager', 'compile', 'aotinductor'),
+        default='eager',
+        help='compile: torch.compile; memory includes the compiler then (default: eager)',
+    )
+    parser.add_argument(
         '--timeout', type=positive_int, default=120, help='seconds for a figure (default: 120)'
     )
     parser.add_argument(
@@ -309,6 +331,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error('--peer is checked in the forward pass only: leave out --train')
     if min(args.resolutions) < PATCH:
         parser.error(f'--resolutions start at {PATCH} (a patch), got {min(args.resolutions)}')
+    if args.train and args.runtime == 'aotinductor':
+        parser.error('AOTInductor runs the forward pass only: leave out --train')
     names = [peer.name for peer in args.peer]
     if len({*names, OURS, SIX, *ATTENTION}) < len(names) + 2 + len(ATTENTION):
         parser.error(f'--peer needs names that differ from each other and from ours, got {names}')

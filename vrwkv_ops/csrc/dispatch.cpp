@@ -9,6 +9,8 @@
 #include <utility>
 #include <vector>
 
+#include "token_shift/params.h"
+
 namespace {
 
 using at::Tensor;
@@ -22,9 +24,16 @@ c10::TypedOperatorHandle<Signature> find(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
+// Autograd refuses forward mode, where a tensor has a tangent.
 template <typename... Tensors>
 bool needs_grad(const Tensors&... tensors) {
-  return at::GradMode::is_enabled() && (tensors.requires_grad() || ...);
+  return (at::GradMode::is_enabled() && (tensors.requires_grad() || ...)) || (tensors._fw_grad(0).defined() || ...);
+}
+
+// Calls an autograd function, with a node in the graph where a gradient is needed: the node costs more than a small kernel.
+template <typename Function, typename... Args>
+auto apply(bool needs_grad, Args&&... args) {
+  return needs_grad ? Function::apply(std::forward<Args>(args)...) : Function::forward(nullptr, std::forward<Args>(args)...);
 }
 
 // --- Bi-WKV -----------------------------------------------------------------------------------
@@ -73,6 +82,7 @@ struct BiWkv : torch::autograd::Function<BiWkv> {
                                bool causal, bool save) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     auto [y, y_residual, z] = call_wkv_forward(w, u, k, v, causal, save);
+    if (ctx == nullptr) return {y, y_residual, z};
     ctx->mark_non_differentiable({y_residual, z});
     ctx->set_materialize_grads(false);
     ctx->saved_data["causal"] = causal;
@@ -94,11 +104,7 @@ struct BiWkv : torch::autograd::Function<BiWkv> {
 
 std::tuple<Tensor, Tensor, Tensor> bi_wkv_forward_autograd(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v,
                                                            bool causal, bool save) {
-  if (!needs_grad(w, u, k, v)) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return call_wkv_forward(w, u, k, v, causal, save);
-  }
-  auto results = BiWkv::apply(w, u, k, v, causal, save);
+  const auto results = apply<BiWkv>(needs_grad(w, u, k, v), w, u, k, v, causal, save);
   return {results[0], results[1], results[2]};
 }
 
@@ -127,8 +133,10 @@ struct BiWkv6 : torch::autograd::Function<BiWkv6> {
   static Tensor forward(AutogradContext* ctx, const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& w,
                         const Tensor& u, bool causal) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    ctx->saved_data["causal"] = causal;
-    ctx->save_for_backward({r, k, v, w, u});
+    if (ctx != nullptr) {
+      ctx->saved_data["causal"] = causal;
+      ctx->save_for_backward({r, k, v, w, u});
+    }
     return call_wkv6_forward(r, k, v, w, u, causal);
   }
 
@@ -143,7 +151,7 @@ struct BiWkv6 : torch::autograd::Function<BiWkv6> {
 
 Tensor bi_wkv6_forward_autograd(const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& w, const Tensor& u,
                                 bool causal) {
-  return BiWkv6::apply(r, k, v, w, u, causal);
+  return apply<BiWkv6>(needs_grad(r, k, v, w, u), r, k, v, w, u, causal);
 }
 
 // Converts to float32: results grow with the number of tokens.
@@ -159,8 +167,8 @@ Tensor bi_wkv6_forward_autocast(const Tensor& r, const Tensor& k, const Tensor& 
 // --- Token shifts -----------------------------------------------------------------------------
 
 using QShift = Tensor(const Tensor&, SymInt, SymInt, int64_t, double, bool, int64_t);
-using TokenShift = std::vector<Tensor>(const Tensor&, const Tensor&, SymInt, SymInt, int64_t, double, c10::string_view,
-                                       int64_t);
+using TokenShiftForward = std::vector<Tensor>(const Tensor&, const Tensor&, SymInt, SymInt, int64_t, double, c10::string_view,
+                                              int64_t);
 using TokenShiftBackward = std::tuple<Tensor, Tensor>(at::TensorList, const Tensor&, const Tensor&, SymInt, SymInt, int64_t,
                                                       double, c10::string_view, int64_t);
 
@@ -170,19 +178,47 @@ Tensor call_q_shift(const Tensor& x, SymInt height, SymInt width, int64_t shift_
   return op.call(x, std::move(height), std::move(width), shift_pixel, channel_gamma, reverse, heads);
 }
 
-std::vector<Tensor> call_token_shift(const Tensor& x, const Tensor& mixes, SymInt height, SymInt width, int64_t shift_pixel,
-                                     double channel_gamma, c10::string_view mode, int64_t heads) {
-  static const auto op = find<TokenShift>("vrwkv_ops::token_shift");
+std::vector<Tensor> call_token_shift_forward(const Tensor& x, const Tensor& mixes, SymInt height, SymInt width,
+                                             int64_t shift_pixel, double channel_gamma, c10::string_view mode, int64_t heads) {
+  static const auto op = find<TokenShiftForward>("vrwkv_ops::token_shift_forward");
   return op.call(x, mixes, std::move(height), std::move(width), shift_pixel, channel_gamma, mode, heads);
+}
+
+// Joins the mixes, after a check of what the kernels leave to Python elsewhere.
+std::vector<Tensor> token_shift(const Tensor& x, at::TensorList mixes, SymInt height, SymInt width, int64_t shift_pixel,
+                                double channel_gamma, c10::string_view mode, int64_t heads) {
+  const bool is_single = mode == "single_shift", has_grid = mode == "q_shift";
+  bool fits = is_accepted(x) && x.dim() == 3 && (is_single || has_grid || mode == "double_shift") && height >= 1 &&
+              width >= 1 && (has_grid || height == 1) && x.sym_size(1) == height * width && shift_pixel >= 0 &&
+              channel_gamma > 0 && channel_gamma <= 0.25 && heads >= 1 && x.sym_size(2) % heads == 0 && !mixes.empty() &&
+              mixes.size() <= vrwkv_ops::kMaxMixes;
+  // No group of channels may be empty.
+  fits = fits && (is_single || (x.sym_size(2) / heads).guard_int(__FILE__, __LINE__) * channel_gamma >= 1);
+  for (const Tensor& mix : mixes)
+    fits = fits && is_accepted(mix) && (mix.dim() == 1 || mix.dim() == 3) && mix.sym_numel() == x.sym_size(2) &&
+           mix.sym_size(-1) == x.sym_size(2) && mix.device() == x.device();
+  TORCH_CHECK_VALUE(
+      fits,
+      "token_shift: expected x of shape (B, height * width, C), and mixes of shape (C,) or (1, 1, C), all of floats "
+      "and on one device; got ",
+      x.toString(), x.sym_sizes(), ", height ", height, ", width ", width, ", ", mixes.size(), " mixes, shift_pixel ",
+      shift_pixel, ", channel_gamma ", channel_gamma, ", mode ", mode, ", heads ", heads);
+  std::vector<Tensor> rows;
+  for (const Tensor& mix : mixes) rows.push_back(mix.reshape_symint({1, x.sym_size(2)}));
+  const auto type = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  return call_token_shift_forward(x, at::cat(rows).to(type), std::move(height), std::move(width), shift_pixel, channel_gamma,
+                                  mode, heads);
 }
 
 struct QShiftFunction : torch::autograd::Function<QShiftFunction> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const SymInt& height, const SymInt& width, int64_t shift_pixel,
                         double channel_gamma, bool reverse, int64_t heads) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    auto& saved = ctx->saved_data;
-    saved["height"] = height, saved["width"] = width, saved["shift_pixel"] = shift_pixel;
-    saved["channel_gamma"] = channel_gamma, saved["reverse"] = reverse, saved["heads"] = heads;
+    if (ctx != nullptr) {
+      auto& saved = ctx->saved_data;
+      saved["height"] = height, saved["width"] = width, saved["shift_pixel"] = shift_pixel;
+      saved["channel_gamma"] = channel_gamma, saved["reverse"] = reverse, saved["heads"] = heads;
+    }
     return call_q_shift(x, height, width, shift_pixel, channel_gamma, reverse, heads);
   }
 
@@ -198,7 +234,7 @@ struct QShiftFunction : torch::autograd::Function<QShiftFunction> {
 
 Tensor q_shift_autograd(const Tensor& x, SymInt height, SymInt width, int64_t shift_pixel, double channel_gamma, bool reverse,
                         int64_t heads) {
-  return QShiftFunction::apply(x, height, width, shift_pixel, channel_gamma, reverse, heads);
+  return apply<QShiftFunction>(needs_grad(x), x, height, width, shift_pixel, channel_gamma, reverse, heads);
 }
 
 struct TokenShiftFunction : torch::autograd::Function<TokenShiftFunction> {
@@ -206,11 +242,13 @@ struct TokenShiftFunction : torch::autograd::Function<TokenShiftFunction> {
                                const SymInt& width, int64_t shift_pixel, double channel_gamma, const std::string& mode,
                                int64_t heads) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    auto& saved = ctx->saved_data;
-    saved["height"] = height, saved["width"] = width, saved["shift_pixel"] = shift_pixel;
-    saved["channel_gamma"] = channel_gamma, saved["mode"] = mode, saved["heads"] = heads;
-    ctx->save_for_backward({x, mixes});
-    return call_token_shift(x, mixes, height, width, shift_pixel, channel_gamma, mode, heads);
+    if (ctx != nullptr) {
+      auto& saved = ctx->saved_data;
+      saved["height"] = height, saved["width"] = width, saved["shift_pixel"] = shift_pixel;
+      saved["channel_gamma"] = channel_gamma, saved["mode"] = mode, saved["heads"] = heads;
+      ctx->save_for_backward({x, mixes});
+    }
+    return call_token_shift_forward(x, mixes, height, width, shift_pixel, channel_gamma, mode, heads);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
@@ -225,9 +263,11 @@ struct TokenShiftFunction : torch::autograd::Function<TokenShiftFunction> {
   }
 };
 
-std::vector<Tensor> token_shift_autograd(const Tensor& x, const Tensor& mixes, SymInt height, SymInt width, int64_t shift_pixel,
-                                         double channel_gamma, c10::string_view mode, int64_t heads) {
-  return TokenShiftFunction::apply(x, mixes, height, width, shift_pixel, channel_gamma, std::string(mode), heads);
+std::vector<Tensor> token_shift_forward_autograd(const Tensor& x, const Tensor& mixes, SymInt height, SymInt width,
+                                                 int64_t shift_pixel, double channel_gamma, c10::string_view mode,
+                                                 int64_t heads) {
+  return apply<TokenShiftFunction>(needs_grad(x, mixes), x, mixes, height, width, shift_pixel, channel_gamma, std::string(mode),
+                                   heads);
 }
 
 // --- Multi-scale deformable attention ---------------------------------------------------------
@@ -246,8 +286,10 @@ struct MsDeformAttn : torch::autograd::Function<MsDeformAttn> {
                         const Tensor& weights) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     static const auto op = find<Deform>("vrwkv_ops::ms_deform_attn");
-    ctx->save_for_backward({value, locations, weights});
-    ctx->saved_data["shapes"] = shapes.sides;
+    if (ctx != nullptr) {
+      ctx->save_for_backward({value, locations, weights});
+      ctx->saved_data["shapes"] = shapes.sides;
+    }
     return op.call(value, shapes.sides, locations, weights);
   }
 
@@ -262,7 +304,7 @@ struct MsDeformAttn : torch::autograd::Function<MsDeformAttn> {
 
 Tensor ms_deform_attn_autograd(const Tensor& value, c10::SymIntArrayRef shapes, const Tensor& locations,
                                const Tensor& weights) {
-  return MsDeformAttn::apply(value, Shapes{shapes}, locations, weights);
+  return apply<MsDeformAttn>(needs_grad(value, locations, weights), value, Shapes{shapes}, locations, weights);
 }
 
 // --- Element-wise functions -------------------------------------------------------------------
@@ -271,7 +313,7 @@ struct SquaredRelu : torch::autograd::Function<SquaredRelu> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     static const auto op = find<Tensor(const Tensor&)>("vrwkv_ops::squared_relu");
-    ctx->save_for_backward({x});
+    if (ctx != nullptr) ctx->save_for_backward({x});
     return op.call(x);
   }
 
@@ -281,13 +323,13 @@ struct SquaredRelu : torch::autograd::Function<SquaredRelu> {
   }
 };
 
-Tensor squared_relu_autograd(const Tensor& x) { return SquaredRelu::apply(x); }
+Tensor squared_relu_autograd(const Tensor& x) { return apply<SquaredRelu>(needs_grad(x), x); }
 
 struct SigmoidGate : torch::autograd::Function<SigmoidGate> {
   static Tensor forward(AutogradContext* ctx, const Tensor& r, const Tensor& x) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     static const auto op = find<Tensor(const Tensor&, const Tensor&)>("vrwkv_ops::sigmoid_gate");
-    ctx->save_for_backward({r, x});
+    if (ctx != nullptr) ctx->save_for_backward({r, x});
     return op.call(r, x);
   }
 
@@ -300,7 +342,7 @@ struct SigmoidGate : torch::autograd::Function<SigmoidGate> {
   }
 };
 
-Tensor sigmoid_gate_autograd(const Tensor& r, const Tensor& x) { return SigmoidGate::apply(r, x); }
+Tensor sigmoid_gate_autograd(const Tensor& r, const Tensor& x) { return apply<SigmoidGate>(needs_grad(r, x), r, x); }
 
 // --- Gradients: a second derivative raises an error -------------------------------------------
 
@@ -355,7 +397,8 @@ TORCH_LIBRARY(vrwkv_ops, m) {
            " -> (Tensor gr, Tensor gk, Tensor gv, Tensor gw, Tensor gu)",
            "q_shift(Tensor x, SymInt height, SymInt width, int shift_pixel, float channel_gamma, bool reverse, int heads=1) -> "
            "Tensor",
-           "token_shift(Tensor x, Tensor mixes, SymInt height, SymInt width, int shift_pixel, float channel_gamma, str mode, "
+           "token_shift_forward(Tensor x, Tensor mixes, SymInt height, SymInt width, int shift_pixel, float channel_gamma, str "
+           "mode, "
            "int heads=1)"
            " -> Tensor[]",
            "token_shift_backward(Tensor[] grads, Tensor x, Tensor mixes, SymInt height, SymInt width, int shift_pixel,"
@@ -371,13 +414,18 @@ TORCH_LIBRARY(vrwkv_ops, m) {
     m.def(schema, {at::Tag::pt2_compliant_tag});
   m.def("bi_wkv(Tensor w, Tensor u, Tensor k, Tensor v, bool causal) -> Tensor", {at::Tag::pt2_compliant_tag});
   m.impl("bi_wkv", c10::DispatchKey::CompositeImplicitAutograd, TORCH_FN(bi_wkv));
+  m.def(
+      "token_shift(Tensor x, Tensor[] mixes, SymInt height, SymInt width, int shift_pixel, float channel_gamma, str mode, "
+      "int heads=1) -> Tensor[]",
+      {at::Tag::pt2_compliant_tag});
+  m.impl("token_shift", c10::DispatchKey::CompositeImplicitAutograd, TORCH_FN(token_shift));
 }
 
 TORCH_LIBRARY_IMPL(vrwkv_ops, Autograd, m) {
   m.impl("bi_wkv_forward", bi_wkv_forward_autograd);
   m.impl("bi_wkv6_forward", bi_wkv6_forward_autograd);
   m.impl("q_shift", q_shift_autograd);
-  m.impl("token_shift", token_shift_autograd);
+  m.impl("token_shift_forward", token_shift_forward_autograd);
   m.impl("ms_deform_attn", ms_deform_attn_autograd);
   m.impl("squared_relu", squared_relu_autograd);
   m.impl("sigmoid_gate", sigmoid_gate_autograd);

@@ -22,7 +22,7 @@
         const at::Tensor& u, bool causal);                                                                                \
     at::Tensor q_shift(const at::Tensor& x, int64_t height, int64_t width, int64_t shift_pixel, double channel_gamma,     \
                        bool reverse, int64_t heads);                                                                      \
-    std::vector<at::Tensor> token_shift(const at::Tensor& x, const at::Tensor& mixes, int64_t height, int64_t width,      \
+    std::vector<at::Tensor> token_shift_forward(const at::Tensor& x, const at::Tensor& mixes, int64_t height, int64_t width,      \
                                         int64_t shift_pixel, double channel_gamma, c10::string_view mode, int64_t heads); \
     std::tuple<at::Tensor, at::Tensor> token_shift_backward(                                                              \
         at::TensorList grads, const at::Tensor& x, const at::Tensor& mixes, int64_t height, int64_t width,                \

@@ -16,7 +16,7 @@ TORCH_LIBRARY_IMPL(vrwkv_ops, CPU, m) {
   m.impl("bi_wkv6_forward", kernels::bi_wkv6_forward);
   m.impl("bi_wkv6_backward", kernels::bi_wkv6_backward);
   m.impl("q_shift", kernels::q_shift);
-  m.impl("token_shift", kernels::token_shift);
+  m.impl("token_shift_forward", kernels::token_shift_forward);
   m.impl("token_shift_backward", kernels::token_shift_backward);
   m.impl("ms_deform_attn", kernels::ms_deform_attn);
   m.impl("ms_deform_attn_backward", kernels::ms_deform_attn_backward);

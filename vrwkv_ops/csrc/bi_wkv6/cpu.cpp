@@ -32,23 +32,26 @@ at::Tensor bi_wkv6_forward(const at::Tensor& r, const at::Tensor& k, const at::T
   const at::Tensor y = at::empty(v.sizes(), v.options()), bonus = u.contiguous();
   if (y.numel() == 0) return y;
   const int64_t columns = ceil_div(u.size(1), kWkv6Columns) * kWkv6Columns, heads = r.size(0) * u.size(0);
-  // Few heads are cut into columns of values, which do not depend on each other.
-  const int64_t wanted = ceil_div(2 * at::get_num_threads(), heads);
-  const int64_t step = at::get_num_threads() == 1
-                           ? columns
-                           : ceil_div(columns / kWkv6Columns, std::min(wanted, columns / kWkv6Columns)) * kWkv6Columns;
-  const int64_t pieces = ceil_div(columns, step);
+  // All threads take as many whole heads. Those that are left are cut into columns of values, which do not depend on each other.
+  const int64_t threads = at::get_num_threads(), whole = heads / threads * threads;
+  const int64_t rest = heads - whole, units = columns / kWkv6Columns;
+  const int64_t step = ceil_div(units, std::min(threads / std::max<int64_t>(rest, 1), units)) * kWkv6Columns;
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, v.scalar_type(), "bi_wkv6_forward", [&] {
     Wkv6ForwardParams<scalar_t> p;
     set_inputs(p, r, k, v, w, bonus, causal);
     p.y = y.mutable_data_ptr<scalar_t>();
     const auto kernel = cpu_kernels<Wkv6Kernels<scalar_t>>().forward;
-    at::parallel_for(0, heads * pieces, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t head = i / pieces, first = i % pieces * step;
-        kernel(p, head / p.heads, head % p.heads, first, std::min(first + step, columns));
-      }
-    });
+    const auto run = [&](int64_t first_head, int64_t count, int64_t step) {
+      const int64_t pieces = ceil_div(columns, step);
+      at::parallel_for(0, count * pieces, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t head = first_head + i / pieces, first = i % pieces * step;
+          kernel(p, head / p.heads, head % p.heads, first, std::min(first + step, columns));
+        }
+      });
+    };
+    run(0, whole, columns);
+    run(whole, rest, step);
   });
   return y;
 }

@@ -65,6 +65,7 @@ def decompositions(form: str = 'auto', chunk: int = CHUNK) -> dict:
         ops.bi_wkv6_forward.default: _bi_wkv6,
         ops.q_shift.default: _q_shift,
         ops.token_shift.default: _token_shift,
+        ops.token_shift_forward.default: _token_shift,
         ops.ms_deform_attn.default: _ms_deform_attn,
         ops.squared_relu.default: lambda x: F.relu(x).square(),
         ops.sigmoid_gate.default: lambda r, x: r.sigmoid() * x,
@@ -273,9 +274,10 @@ def _q_shift(x, height, width, shift_pixel, channel_gamma, reverse, heads=1):
 
 
 def _token_shift(x, mixes, height, width, shift_pixel, channel_gamma, mode, heads=1):
-    own = x.to(mixes.dtype)
+    dtype = accumulation_dtype(x.dtype)
+    own = x.to(dtype)
     shifted = _shift(own, height, width, shift_pixel, channel_gamma, mode, heads)
-    return [torch.lerp(shifted, own, mix).to(x.dtype) for mix in mixes.unbind()]
+    return [torch.lerp(shifted, own, mix.to(dtype)).to(x.dtype) for mix in mixes]
 
 
 # --- Multi-scale deformable attention ----------------------------------------------------------

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vrwkv_ops import backends, deform, pointwise, scan, shift, wkv6
-from vrwkv_ops.checks import accumulation_dtype, check_bi_wkv
+from vrwkv_ops.checks import accumulation_dtype, check_bi_wkv, check_pointwise, check_token_shift
 
 _HALF = (torch.float16, torch.bfloat16)
 _LIBRARIES = []  # a library that is garbage-collected removes its kernels
@@ -171,17 +171,24 @@ def _q_shift_backward(ops, ctx, gy):
     return (ops.q_shift(gy, *args, not reverse, heads), *(None,) * len(ctx.shift))
 
 
-def _token_shift(x, mixes, *args):
+def _token_shift(ops, x, mixes, height, width, shift_pixel, channel_gamma, mode, heads=1):
+    shift_args = shift_pixel, channel_gamma, mode, heads
+    check_token_shift(x, mixes, (height, width), *shift_args)
+    joined = torch.cat([mix.reshape(1, -1) for mix in mixes]).to(accumulation_dtype(x.dtype))
+    return ops.token_shift_forward(x, joined, height, width, *shift_args)
+
+
+def _token_shift_forward(x, mixes, *args):
     backends.warn_if_slow(x.device)
     return shift.forward(x, mixes, *args)
 
 
-def _token_shift_setup_context(ctx, inputs, output):
+def _token_shift_forward_setup_context(ctx, inputs, output):
     x, mixes, *ctx.shift = inputs
     ctx.save_for_backward(x, mixes)
 
 
-def _token_shift_autograd(ops, ctx, grads):
+def _token_shift_forward_autograd(ops, ctx, grads):
     gx, gmixes = ops.token_shift_backward(grads, *ctx.saved_tensors, *ctx.shift)
     # The dispatcher leaves out arguments that have their default value.
     return (gx, gmixes, *(None,) * (len(ctx.needs_input_grad) - 2))
@@ -228,6 +235,7 @@ def _save_inputs(ctx, inputs, output):
 
 
 def _squared_relu(x):
+    check_pointwise('squared_relu', x=x)
     backends.warn_if_slow(x.device)
     return pointwise.squared_relu(x).contiguous()
 
@@ -241,8 +249,14 @@ def _squared_relu_backward(grad, x):
 
 
 def _sigmoid_gate(r, x):
+    check_pointwise('sigmoid_gate', r=r, x=x)
     backends.warn_if_slow(x.device)
     return pointwise.sigmoid_gate(r, x).contiguous()
+
+
+def _sigmoid_gate_fake(r, x):
+    check_pointwise('sigmoid_gate', r=r, x=x)
+    return _empty(x)
 
 
 def _sigmoid_gate_autograd(ops, ctx, grad):
@@ -297,12 +311,17 @@ OPERATORS = (
         _q_shift_backward,
     ),
     Operator(
-        'token_shift(Tensor x, Tensor mixes, SymInt height, SymInt width, int shift_pixel,'
+        'token_shift(Tensor x, Tensor[] mixes, SymInt height, SymInt width, int shift_pixel,'
         ' float channel_gamma, str mode, int heads=1) -> Tensor[]',
         _token_shift,
+    ),
+    Operator(
+        'token_shift_forward(Tensor x, Tensor mixes, SymInt height, SymInt width, int shift_pixel,'
+        ' float channel_gamma, str mode, int heads=1) -> Tensor[]',
+        _token_shift_forward,
         lambda x, mixes, *_: [_empty(x) for _ in range(mixes.shape[0])],
-        _token_shift_setup_context,
-        _token_shift_autograd,
+        _token_shift_forward_setup_context,
+        _token_shift_forward_autograd,
     ),
     Operator(
         'token_shift_backward(Tensor[] grads, Tensor x, Tensor mixes, SymInt height, SymInt width,'
@@ -339,7 +358,7 @@ OPERATORS = (
     Operator(
         'sigmoid_gate(Tensor r, Tensor x) -> Tensor',
         _sigmoid_gate,
-        lambda r, x: _empty(x),
+        _sigmoid_gate_fake,
         _save_inputs,
         _sigmoid_gate_autograd,
     ),

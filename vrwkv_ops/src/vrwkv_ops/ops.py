@@ -29,6 +29,8 @@ _token_shift = _ops.token_shift.default
 _ms_deform_attn = _ops.ms_deform_attn.default
 _squared_relu = _ops.squared_relu.default
 _sigmoid_gate = _ops.sigmoid_gate.default
+# What wrong arguments raise where nothing has checked them: checks take longer than small kernels.
+_ERRORS = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
 
 
 def bi_wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
@@ -62,7 +64,7 @@ def bi_wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> 
         return _bi_wkv(w, u, k, v, causal)
     try:
         return _bi_wkv(w, u, k, v, causal)
-    except (RuntimeError, TypeError, ValueError):
+    except _ERRORS:
         check_bi_wkv(w, u, k, v, causal)  # says more about a wrong argument
         raise
 
@@ -173,16 +175,26 @@ def token_shift(
         ValueError: If a shape, a value or a device does not fit, ``heads`` do not divide the
             channels, or a head is too small for the groups.
     """
-    check_token_shift(x, mixes, resolution, shift_pixel, channel_gamma, mode, heads)
-    dtype = accumulation_dtype(x.dtype)
-    if isinstance(mixes, Tensor):
-        mixes = mixes.to(dtype).contiguous()
-    else:
-        joined = torch.cat([mix.reshape(-1) for mix in mixes])
-        mixes = joined.to(dtype).view(len(mixes), -1)
+    arguments = mixes, resolution, shift_pixel, channel_gamma, mode, heads
+    if torch.compiler.is_compiling():
+        check_token_shift(x, *arguments)
+        return _shifted(x, *arguments)
+    try:
+        return _shifted(x, *arguments)
+    except _ERRORS:
+        check_token_shift(x, *arguments)  # says more about a wrong argument
+        raise
+
+
+def _shifted(x, mixes, resolution, shift_pixel, channel_gamma, mode, heads):
     height, width = resolution if mode == 'q_shift' else (1, x.shape[1])
-    gamma = 1 / 4 if channel_gamma is None else float(channel_gamma)
-    return tuple(_token_shift(x, mixes, height, width, shift_pixel, gamma, mode, heads))
+    if isinstance(height, bool) or isinstance(width, bool):  # ints for the dispatcher
+        raise TypeError
+    if mode == 'single_shift':
+        channel_gamma = 1 / 4  # has no groups
+    if isinstance(mixes, Tensor):
+        mixes = mixes.unbind()
+    return tuple(_token_shift(x, mixes, height, width, shift_pixel, channel_gamma, mode, heads))
 
 
 def ms_deform_attn(
@@ -240,10 +252,14 @@ def squared_relu(x: Tensor) -> Tensor:
     Raises:
         TypeError: If ``x`` is no tensor or has a dtype that is not accepted.
     """
-    check_pointwise('squared_relu', x=x)
     if torch.compiler.is_compiling():
+        check_pointwise('squared_relu', x=x)
         return pointwise.squared_relu(x)
-    return _squared_relu(x)
+    try:
+        return _squared_relu(x)
+    except _ERRORS:
+        check_pointwise('squared_relu', x=x)
+        raise
 
 
 def sigmoid_gate(r: Tensor, x: Tensor) -> Tensor:
@@ -263,9 +279,19 @@ def sigmoid_gate(r: Tensor, x: Tensor) -> Tensor:
         TypeError: If an argument is no tensor or has a dtype that is not accepted.
         ValueError: If the two differ in shape or device.
     """
+    if torch.compiler.is_compiling():
+        check_pointwise('sigmoid_gate', r=r, x=x)
+        return pointwise.sigmoid_gate(*_of_one_dtype(r, x))
+    try:
+        return _sigmoid_gate(*_of_one_dtype(r, x))
+    except _ERRORS:
+        check_pointwise('sigmoid_gate', r=r, x=x)
+        raise
+
+
+def _of_one_dtype(r: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    if r.dtype == x.dtype:
+        return r, x
     check_pointwise('sigmoid_gate', r=r, x=x)
     dtype = torch.promote_types(r.dtype, x.dtype)  # with autocast a layer norm may lie between them
-    r, x = r.to(dtype), x.to(dtype)
-    if torch.compiler.is_compiling():
-        return pointwise.sigmoid_gate(r, x)
-    return _sigmoid_gate(r, x)
+    return r.to(dtype), x.to(dtype)

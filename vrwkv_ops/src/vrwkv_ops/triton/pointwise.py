@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vrwkv_ops.checks import FLOAT_DTYPES
+
 _BLOCK = 1024
 
 
@@ -61,13 +63,14 @@ def _launch(kernel, inputs: tuple[Tensor, ...], outputs: int) -> list[Tensor]:
     """Run a kernel on all elements.
 
     Raises:
-        RuntimeError: If inputs differ in shape, dtype or device.
+        RuntimeError: If inputs differ in shape, dtype or device, or hold no floats.
     """
     like = inputs[-1]
     for x in inputs:
-        if (x.shape, x.dtype, x.device) != (like.shape, like.dtype, like.device):
+        same = (x.shape, x.dtype, x.device) == (like.shape, like.dtype, like.device)
+        if not same or x.dtype not in FLOAT_DTYPES:
             raise RuntimeError(
-                f'vrwkv_ops: expected tensors of one shape, dtype and device, got '
+                f'vrwkv_ops: expected floats of one shape, dtype and device, got '
                 f'{[(tuple(x.shape), x.dtype, str(x.device)) for x in inputs]}'
             )
     results = [

@@ -192,7 +192,7 @@ def q_shift(
     return out
 
 
-def token_shift(
+def forward(
     x: Tensor,
     mixes: Tensor,
     height: int,
@@ -202,7 +202,7 @@ def token_shift(
     mode: str,
     heads: int = 1,
 ) -> list[Tensor]:
-    """Run ``vrwkv_ops::token_shift``."""
+    """Run ``vrwkv_ops::token_shift_forward``."""
     shift = (height, width, shift_pixel, channel_gamma, mode, heads)
     _check(x, *shift)
     _check_mixes(x, mixes)
@@ -215,7 +215,7 @@ def token_shift(
     return outs
 
 
-def token_shift_backward(
+def backward(
     grads: Sequence[Tensor],
     x: Tensor,
     mixes: Tensor,
