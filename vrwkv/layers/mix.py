@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vrwkv_ops import bi_wkv, sigmoid_gate, squared_relu
 
 from ._checks import check_choice, check_number
-from .pieces import in_pieces, piece_size
+from .pieces import in_pieces
 from .recompute import Recompute, autocast_dtype
 from .token_shift import TokenShift
 
@@ -80,6 +80,10 @@ class BaseMix(nn.Module):
         resolution: tuple[int, int] | None,
     ) -> tuple[Tensor, ...]:
         """Normalise tokens and mix them with their shifted neighbours."""
+        if norm is not None:
+            x = recompute.cheap(norm, x)
+        if not recompute.enabled:
+            return self.shift(x, mixes, resolution)
 
         def shift(x: Tensor) -> tuple[Tensor, ...]:
             results = self.shift(x, mixes, resolution)
@@ -89,8 +93,6 @@ class BaseMix(nn.Module):
             # As each linear layer would convert by itself; autograd would then keep the copies.
             return tuple(y.to(dtype) for y in results)
 
-        if norm is not None:
-            x = recompute.cheap(norm, x)
         return recompute.cheap(shift, x)
 
     def _init_linears(self) -> None:
@@ -277,7 +279,7 @@ class ChannelMix(BaseMix):
 
     def _gated(self, recompute: Recompute, xk: Tensor, xr: Tensor) -> Tensor:
         hidden = recompute.use(self.key, xk)
-        if hidden.device.type == 'cpu' and piece_size(hidden) is not None:
+        if type(hidden) is Tensor and not torch.is_grad_enabled() and hidden.is_cpu:
             # In place, in inference: on a CPU a new tensor takes longer than a second pass.
             hidden = hidden.relu_().square_()
         else:

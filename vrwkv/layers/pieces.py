@@ -58,8 +58,10 @@ def in_pieces(
     Returns:
         What the function returns for all tokens.
     """
-    size = piece_size(tensors[0])
     batch, tokens = tensors[0].shape[:2]
+    # No int is symbolic: few tokens are whole in any case, and the usual image has few.
+    few = type(batch) is type(tokens) is int and batch * tokens <= min(CPU_TOKENS, GPU_TOKENS)
+    size = None if few else piece_size(tensors[0])
     height, width = grid or (tokens, 1)
     # A wrong grid is left to the shift, which knows more about it.
     if size is None or batch * tokens <= size or height * width != tokens:
