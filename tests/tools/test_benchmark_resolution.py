@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from vrwkv.layers import mix
 from vrwkv_ops.scan import bi_wkv_scan
@@ -110,6 +111,13 @@ def test_table_json_and_plot(tool, monkeypatch, tmp_path, capsys):
     assert (tmp_path / 'resolution.png').stat().st_size > 10000
 
 
+@pytest.mark.parametrize('runtime', ['compile', 'aotinductor'])
+def test_compiled_models_are_right(tool, runtime):
+    network, x = nn.Linear(3, 2).eval(), torch.randn(4, 3)
+    with torch.no_grad():
+        torch.testing.assert_close(tool.compiled(network, x, runtime)(x), network(x))
+
+
 def test_a_figure_from_a_process_of_its_own(tool, args):
     """A model of 6M parameters in float32 takes 23 MiB, however large this process is."""
     args.repeats = 1
@@ -132,6 +140,7 @@ def test_too_little_memory(tool, tmp_path):
         (['--resolutions', '8'], 'start at 16'),
         (['--sizes', 'huge'], 'invalid choice'),
         (['--peer', 'x=nowhere.py:f'], 'there is no file'),
+        (['--runtime', 'aotinductor', '--train'], 'forward pass only'),
     ],
 )
 def test_wrong_arguments(tool, capsys, arguments, message):

@@ -361,12 +361,13 @@ def main(argv: list[str] | None = None) -> int:
     rows = run(args)
     print('\n' + table(rows) + '\n')
     step = 'training step' if args.train else 'inference'
-    settings = dict(batch_size=args.batch_size, repeats=args.repeats, dtype=args.dtype, step=step)
+    keys = ('batch_size', 'repeats', 'dtype', 'runtime')
+    settings = {key: getattr(args, key) for key in keys} | dict(step=step)
     results = args.out / 'resolution.json'
     content = dict(environment=facts, settings=settings, rows=list(map(asdict, rows)))
     write_json(results, content)
     print(f'Wrote {results}')
-    title = f'{step}, {args.batch_size} image(s), {args.dtype}, {facts["device"]}'
+    title = f'{step}, {args.runtime}, {args.batch_size} image(s), {args.dtype}, {facts["device"]}'
     plot(rows, title, args.out / 'resolution.png')
     return 1 if any(r.note.startswith(('refused', 'failed')) for r in rows) else 0
 
