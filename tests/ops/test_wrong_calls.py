@@ -87,6 +87,7 @@ WRONG_SHIFT = {
     'grid of three': (shift(resolution=(1, 2, 3)), ValueError, "'resolution'.*pair.*3 values"),
     'shift below 0': (shift(shift_pixel=-1), ValueError, "'shift_pixel'.*>= 0.*-1"),
     'shift a float': (shift(shift_pixel=1.0), TypeError, "'shift_pixel'.*int.*float"),
+    'shift a bool': (shift(shift_pixel=True), TypeError, "'shift_pixel'.*int.*bool"),
     'gamma 0': (shift(channel_gamma=0.0), ValueError, r"'channel_gamma'.*\(0, 1/4\].*0\.0"),
     'gamma too large': (shift(channel_gamma=0.3), ValueError, r"'channel_gamma'.*\(0, 1/4\].*0\.3"),
     'gamma nan': (shift(channel_gamma=float('nan')), ValueError, "'channel_gamma'.*nan"),

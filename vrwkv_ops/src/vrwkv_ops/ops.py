@@ -188,8 +188,8 @@ def token_shift(
 
 def _shifted(x, mixes, resolution, shift_pixel, channel_gamma, mode, heads):
     height, width = resolution if mode == 'q_shift' else (1, x.shape[1])
-    if isinstance(height, bool) or isinstance(width, bool):  # ints for the dispatcher
-        raise TypeError
+    if bool in map(type, (height, width, shift_pixel, heads)):
+        raise TypeError  # the dispatcher would take it for an int
     if mode == 'single_shift':
         channel_gamma = 1 / 4  # has no groups
     if isinstance(mixes, Tensor):
