@@ -184,7 +184,7 @@ std::vector<Tensor> call_token_shift_forward(const Tensor& x, const Tensor& mixe
   return op.call(x, mixes, std::move(height), std::move(width), shift_pixel, channel_gamma, mode, heads);
 }
 
-// Joins the mixes, after a check of what the kernels leave to Python elsewhere.
+// Checks the arguments, which the kernels of other devices do not, and joins the mixes.
 std::vector<Tensor> token_shift(const Tensor& x, at::TensorList mixes, SymInt height, SymInt width, int64_t shift_pixel,
                                 double channel_gamma, c10::string_view mode, int64_t heads) {
   const bool is_single = mode == "single_shift", has_grid = mode == "q_shift";
