@@ -188,7 +188,7 @@ at::Tensor q_shift(const at::Tensor& x, int64_t height, int64_t width, int64_t s
 }
 
 std::vector<at::Tensor> token_shift_forward(const at::Tensor& x, const at::Tensor& mixes, int64_t height, int64_t width,
-                                    int64_t shift_pixel, double channel_gamma, c10::string_view mode, int64_t heads) {
+                                            int64_t shift_pixel, double channel_gamma, c10::string_view mode, int64_t heads) {
   const c10::cuda::CUDAGuard guard(x.device());
   return vrwkv_ops::token_shift<CudaBackend>(x, mixes,
                                              make_geometry(x, height, width, shift_pixel, channel_gamma, mode, heads));
