@@ -59,7 +59,7 @@ def in_pieces(
         What the function returns for all tokens.
     """
     batch, tokens = tensors[0].shape[:2]
-    # No int is symbolic: few tokens are whole in any case, and the usual image has few.
+    # Most images have few tokens. An int is not symbolic, so that this adds no guard to a graph.
     few = type(batch) is type(tokens) is int and batch * tokens <= min(CPU_TOKENS, GPU_TOKENS)
     size = None if few else piece_size(tensors[0])
     height, width = grid or (tokens, 1)

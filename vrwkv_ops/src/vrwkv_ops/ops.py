@@ -29,7 +29,7 @@ _token_shift = _ops.token_shift.default
 _ms_deform_attn = _ops.ms_deform_attn.default
 _squared_relu = _ops.squared_relu.default
 _sigmoid_gate = _ops.sigmoid_gate.default
-# What wrong arguments raise where nothing has checked them: checks take longer than small kernels.
+# Wrong arguments raise these. They are explained afterwards: checks take longer than small kernels.
 _ERRORS = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
 
 
