@@ -132,5 +132,4 @@ def test_nothing_but_the_inputs_is_saved():
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda y: saved.append(y) or y, lambda y: y):
         token_shift(x, mixes.requires_grad_(), (3, 5))
-    own, joined = saved
-    assert own.data_ptr() == x.data_ptr() and joined.shape == mixes.shape
+    assert {y.data_ptr() for y in saved} == {x.data_ptr(), mixes.data_ptr()}

@@ -80,19 +80,17 @@ class BaseMix(nn.Module):
         resolution: tuple[int, int] | None,
     ) -> tuple[Tensor, ...]:
         """Normalise tokens and mix them with their shifted neighbours."""
-        if norm is not None:
-            x = recompute.cheap(norm, x)
-        if not recompute.enabled:
-            return self.shift(x, mixes, resolution)
 
         def shift(x: Tensor) -> tuple[Tensor, ...]:
             results = self.shift(x, mixes, resolution)
-            dtype = autocast_dtype(x.device)
+            dtype = autocast_dtype(x.device) if recompute.enabled else None
             if dtype is None or x.dtype == torch.float64:
                 return results
             # As each linear layer would convert by itself; autograd would then keep the copies.
             return tuple(y.to(dtype) for y in results)
 
+        if norm is not None:
+            x = recompute.cheap(norm, x)
         return recompute.cheap(shift, x)
 
     def _init_linears(self) -> None:

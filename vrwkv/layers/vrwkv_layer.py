@@ -59,8 +59,7 @@ class VRWKVLayer(ResidualLayer):
         resolution: tuple[int, int] | None,
     ) -> Tensor:
         y = norm(mix(x, resolution)) if self.post_norm else mix(x, resolution, norm)
-        if self.training:
-            y = self.drop_path(y)
+        y = self.drop_path(y)
         if not torch.is_grad_enabled() and y.dtype == x.dtype:
             # In place: y is new, and inference on large images needs its memory.
             return y.add_(x) if gamma is None else torch.addcmul(x, gamma, y, out=y)

@@ -26,6 +26,7 @@ _bi_wkv = _ops.bi_wkv.default
 _bi_wkv6 = _ops.bi_wkv6_forward.default
 _q_shift = _ops.q_shift.default
 _token_shift = _ops.token_shift.default
+_token_shift_forward = _ops.token_shift_forward.default
 _ms_deform_attn = _ops.ms_deform_attn.default
 _squared_relu = _ops.squared_relu.default
 _sigmoid_gate = _ops.sigmoid_gate.default
@@ -190,11 +191,13 @@ def _shifted(x, mixes, resolution, shift_pixel, channel_gamma, mode, heads):
     height, width = resolution if mode == 'q_shift' else (1, x.shape[1])
     if bool in map(type, (height, width, shift_pixel, heads)):
         raise TypeError  # the dispatcher would take it for an int
-    if mode == 'single_shift':
-        channel_gamma = 1 / 4  # has no groups
-    if isinstance(mixes, Tensor):
-        mixes = mixes.unbind()
-    return tuple(_token_shift(x, mixes, height, width, shift_pixel, channel_gamma, mode, heads))
+    gamma = 1 / 4 if mode == 'single_shift' else channel_gamma  # single_shift has no groups
+    options = height, width, shift_pixel, gamma, mode, heads
+    if isinstance(mixes, Tensor):  # joined already: no copy is made
+        check_token_shift(x, mixes, resolution, shift_pixel, channel_gamma, mode, heads)
+        mixes = mixes.to(accumulation_dtype(x.dtype)).contiguous()
+        return tuple(_token_shift_forward(x, mixes, *options))
+    return tuple(_token_shift(x, mixes, *options))
 
 
 def ms_deform_attn(
