@@ -7,8 +7,11 @@ classes. Training is mmseg's.
 
 from __future__ import annotations
 
+from copy import copy
+
 import torch
 import torch.nn.functional as F
+from mmcv.cnn import ConvModule
 from mmengine.structures import PixelData
 from mmseg.models.decode_heads import UPerHead
 from mmseg.models.segmentors import EncoderDecoder
@@ -48,19 +51,32 @@ class LeanUPerHead(UPerHead):
         down = _widen(levels[0], width)
         outs = [conv(x) for conv, x in zip(self.fpn_convs[1:], levels[:-1], strict=True)]
         outs = [_widen(x, width) for x in (*outs, levels[-1])]
+        smooth, fuse = map(_without_rows, (self.fpn_convs[0], self.fpn_bottleneck))
         logits = []
         for start in range(0, height, ROWS):
             stop = min(start + ROWS, height)
-            # Two convolutions of 3 x 3 reach a row further each. What they compute at the edges of
-            # a strip is cut off; at those of the image it is as in the whole.
+            # Two convolutions of 3 x 3 reach a row further each, at the edges of the image a zero.
             near, far = ((max(start - n, 0), min(stop + n, height)) for n in (1, 2))
             finest = self.lateral_convs[0](inputs[0][:, :, far[0] : far[1]])
-            finest = self.fpn_convs[0](finest + _rows(down, height, *far))
-            finest = finest[:, :, near[0] - far[0] : near[1] - far[0]]
-            maps = torch.cat([finest, *(_rows(x, height, *near) for x in outs)], dim=1)
-            strip = self.fpn_bottleneck(maps)[:, :, start - near[0] : stop - near[0]]
-            logits.append(self.cls_seg(strip))
+            finest = smooth(_pad_rows(finest + _rows(down, height, *far), far, near))
+            maps = [finest, *(_rows(x, height, *near) for x in outs)]
+            maps = torch.cat([_pad_rows(x, near, (start, stop)) for x in maps], dim=1)
+            logits.append(self.cls_seg(fuse(maps)))
         return torch.cat(logits, dim=2)
+
+
+def _without_rows(module: ConvModule) -> ConvModule:
+    """Return a convolution of 3 x 3 with the same weights that pads columns but no rows."""
+    module, conv = copy(module), copy(module.conv)
+    module._modules = {**module._modules, 'conv': conv}
+    conv.padding = (0, conv.padding[1])
+    return module
+
+
+def _pad_rows(x: Tensor, given: tuple[int, int], wanted: tuple[int, int]) -> Tensor:
+    """Add zeros for the rows next to ``wanted`` that are not among the rows ``given``."""
+    above, below = given[0] - wanted[0] + 1, wanted[1] + 1 - given[1]
+    return F.pad(x, (0, 0, above, below)) if above or below else x
 
 
 def _widen(x: Tensor, width: int) -> Tensor:

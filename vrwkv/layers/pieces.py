@@ -66,7 +66,8 @@ def in_pieces(
     # A wrong grid is left to the shift, which knows more about it.
     if size is None or batch * tokens <= size or height * width != tokens:
         return function(*(tensors if shift is None else shift(*tensors, grid)))
-    images, rows = max(1, size // tokens), max(1, reach, size // width)
+    # Wide images repeat little if a strip has four times the rows that it needs on each side.
+    images, rows = max(1, size // tokens), max(1, 4 * reach, size // width)
     outs = None
     for first, top in product(range(0, batch, images), range(0, height, rows)):
         bottom = min(top + rows, height)
