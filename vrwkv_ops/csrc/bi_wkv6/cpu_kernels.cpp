@@ -28,8 +28,9 @@ constexpr int kColumns = kWkv6Columns;
 constexpr int kChunk = 16;  // tokens
 constexpr int kMaxSize = vrwkv_ops::kMaxHeadSize;
 constexpr int kState = kMaxSize * kMaxSize;
-// The backward pass keeps the chunks of a segment and the states before them; a short sequence is one segment.
-constexpr int kSegment = 4, kShort = 16;
+// The backward pass keeps the chunks of a segment and the states before them. In a longer sequence it visits all segments but
+// the last twice.
+constexpr int64_t kSegment = 64;
 constexpr int kPairRegisters = 4, kGradientRegisters = 2;
 
 // Complete unrolling lets the compiler keep rows in registers.
@@ -632,7 +633,7 @@ template <bool causal, typename scalar_t>
 void backward(const Wkv6BackwardParams<scalar_t>& p, int64_t image, int64_t head) {
   using T = acc_type<scalar_t>;
   using Work = Backward<causal, T>;
-  const int64_t chunks = (p.tokens + kChunk - 1) / kChunk, step = chunks <= kShort ? chunks : kSegment;
+  const int64_t chunks = (p.tokens + kChunk - 1) / kChunk, step = std::min(chunks, kSegment);
   const int64_t segments = (chunks + step - 1) / step, size = p.size, channels = p.heads * size;
   const int width = (size + kColumns - 1) / kColumns * kColumns;
   const Memory<Work> work;
