@@ -51,11 +51,11 @@ class LeanUPerHead(UPerHead):
         down = _widen(levels[0], width)
         outs = [conv(x) for conv, x in zip(self.fpn_convs[1:], levels[:-1], strict=True)]
         outs = [_widen(x, width) for x in (*outs, levels[-1])]
-        smooth, fuse = map(_without_rows, (self.fpn_convs[0], self.fpn_bottleneck))
+        smooth, fuse = map(_without_row_padding, (self.fpn_convs[0], self.fpn_bottleneck))
         logits = []
         for start in range(0, height, ROWS):
             stop = min(start + ROWS, height)
-            # Two convolutions of 3 x 3 reach a row further each, at the edges of the image a zero.
+            # Two convolutions of 3 x 3 need a row more on each side. Outside the image it is zero.
             near, far = ((max(start - n, 0), min(stop + n, height)) for n in (1, 2))
             finest = self.lateral_convs[0](inputs[0][:, :, far[0] : far[1]])
             finest = smooth(_pad_rows(finest + _rows(down, height, *far), far, near))
@@ -65,7 +65,7 @@ class LeanUPerHead(UPerHead):
         return torch.cat(logits, dim=2)
 
 
-def _without_rows(module: ConvModule) -> ConvModule:
+def _without_row_padding(module: ConvModule) -> ConvModule:
     """Return a convolution of 3 x 3 with the same weights that pads columns but no rows."""
     module, conv = copy(module), copy(module.conv)
     module._modules = {**module._modules, 'conv': conv}

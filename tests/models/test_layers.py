@@ -269,7 +269,7 @@ def test_bad_arguments_are_named(build, error, message):
     ],
 )
 def test_pieces_of_tokens_change_nothing(arguments, monkeypatch):
-    """Two images of 9 x 7 patches: in strips of some rows, with those around them for the shift."""
+    """Two images of 18 x 7 patches, in strips of rows and the rows around them for the shift."""
     arguments = dict(arguments)
     torch.manual_seed(0)
     model = getattr(backbones, arguments.pop('kind'))(
@@ -278,7 +278,7 @@ def test_pieces_of_tokens_change_nothing(arguments, monkeypatch):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    images = torch.randn(2, 3, 38, 29)
+    images = torch.randn(2, 3, 74, 29)
     expected = model(images)[0]  # with gradients: all tokens at once
     sizes = []
     monkeypatch.setattr(pieces, 'CPU_TOKENS', 8)
@@ -288,9 +288,9 @@ def test_pieces_of_tokens_change_nothing(arguments, monkeypatch):
         found = model(images)[0]
     step = arguments.get('shift_pixel', 1)
     if arguments.get('shift_mode') == 'double_shift':  # a token is a row
-        ffn = [(12, 32)] * 5 + [(3, 32)]
+        ffn = [(12, 32)] * 10 + [(6, 32)]
     else:
-        ffn = [(min(4 * step, 9 - top) * 7, 32) for top in range(0, 9, 4 * step)]
-    assert sizes == [(3, 4, 29)] * 9 + 2 * ffn
+        ffn = [(min(4 * step, 18 - top) * 7, 32) for top in range(0, 18, 4 * step)]
+    assert sizes == [(3, 4, 29)] * 18 + 2 * ffn
     # Products of matrices of other sizes may sum in another order: a few roundings.
     assert torch.allclose(found, expected, rtol=0, atol=2e-6 * expected.abs().max().item())
