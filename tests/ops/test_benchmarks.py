@@ -12,19 +12,19 @@ import torch
 from PIL import Image
 
 from vrwkv_ops import benchmarking, bi_wkv
-from vrwkv_ops.scan import bi_wkv_scan
+from vrwkv_ops.reference import bi_wkv_reference
 
 FOLDER = Path(__file__).resolve().parents[2] / 'vrwkv_ops' / 'benchmarks'
 
 PEERS = """
 import torch
-from vrwkv_ops.scan import bi_wkv_scan
+from vrwkv_ops.reference import bi_wkv_reference
 
 def scan(w, u, k, v):
-    return bi_wkv_scan(w, u, k, v)
+    return bi_wkv_reference(w, u, k, v)
 
 def wrong(w, u, k, v):
-    return bi_wkv_scan(w, u, k, v) * 1.0001
+    return bi_wkv_reference(w, u, k, v) * 1.0001
 
 class WrongGradient(torch.autograd.Function):
     @staticmethod
@@ -35,7 +35,7 @@ class WrongGradient(torch.autograd.Function):
         return 1.0001 * grad
 
 def wrong_gradient(w, u, k, v):
-    return WrongGradient.apply(bi_wkv_scan(w, u, k, v))
+    return WrongGradient.apply(bi_wkv_reference(w, u, k, v))
 
 def raises(w, u, k, v):
     raise ValueError('not today')
@@ -156,7 +156,7 @@ def test_our_kernels_pass_where_they_are_hardest_to_tell_apart(modules):
         batch_size=2, elements=0, channels=8, device=torch.device('cpu'), peer=[], heads=0
     )
     kernel = modules[1].make_kernels(args, torch.float32, 64)['bi_wkv']
-    for function in (bi_wkv, bi_wkv_scan):
+    for function in (bi_wkv, bi_wkv_reference):
         kernel.function = function
         assert modules[1].error_of(kernel.forward_backward(), kernel.truth)[1] == ''
 

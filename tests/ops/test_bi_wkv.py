@@ -6,11 +6,9 @@ import math
 import pytest
 import torch
 
-from vrwkv_ops import bi_wkv
 from vrwkv_ops.reference import bi_wkv_reference
-from vrwkv_ops.scan import bi_wkv_scan
 
-from .backends import BACKENDS, has_kernels, is_quick, on
+from .backends import has_kernels, is_quick, on
 from .dense_bi_wkv import dense_bi_wkv, dense_with_gradients
 from .operators import HALF
 
@@ -227,6 +225,17 @@ def test_values_near_the_largest_float(backend, tokens, dtype):
         torch.testing.assert_close(y.cpu(), v, rtol=1e-5 if dtype == torch.float32 else 0, atol=0)
 
 
+@on('hidden', [slice(1), slice(7, 9), slice(-1, None)])
+@both_directions
+def test_a_key_of_minus_infinity_hides_its_token(backend, hidden, causal):
+    """Also the first token, before which there is nothing else."""
+    inputs = make_inputs(20)
+    inputs[2][:, hidden] = -math.inf
+    rows = torch.arange(1, 20)  # a causal first token sees nothing but itself
+    for got, expected in zip(*run_rows(backend, inputs, causal, rows), strict=True):
+        assert relative_error(got, expected) < 1e-6
+
+
 @on(only=has_kernels)
 @both_directions
 @pytest.mark.parametrize('name', ['w', 'u', 'k', 'v'])
@@ -264,24 +273,6 @@ def test_nan_stays_where_its_weight_reaches(backend):
 
 
 # --- PyTorch alone ----------------------------------------------------------------------------
-
-
-@both_directions
-@pytest.mark.parametrize('tokens', [1, 7, 300])
-def test_scan_is_the_fallback(tokens, causal):
-    """vrwkv_ops.scan.bi_wkv_scan runs the kernels that serve devices without compiled ones."""
-    *inputs, gy = make_inputs(tokens)
-    leaves = [x.requires_grad_() for x in inputs]
-    results = []
-    with next(x for x in BACKENDS if x.name == 'pytorch').serving():
-        for function in (bi_wkv, bi_wkv_scan):
-            y = function(*leaves, causal)
-            results.append([y, *torch.autograd.grad(y, leaves, gy)])
-    assert all(map(torch.equal, *results))
-    y = bi_wkv_scan(*leaves).square().sum()
-    (gk,) = torch.autograd.grad(y, leaves[2], create_graph=True)
-    with pytest.raises(RuntimeError, match='once'):
-        gk.sum().backward()
 
 
 def test_loops_and_dense_agree_on_far_tokens():

@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import vrwkv_ops
+from vrwkv_ops import pointwise
 
 from .backends import has_kernels, on
 from .operators import HALF, OPERATORS
@@ -42,6 +44,15 @@ def test_gate_of_mixed_dtypes(backend):
     y = backend.function('sigmoid_gate')(r.bfloat16(), x)
     assert y.dtype == torch.float32
     torch.testing.assert_close(y, torch.sigmoid(r.bfloat16().float()) * x)
+
+
+@pytest.mark.parametrize('name', ['squared_relu', 'sigmoid_gate'])
+def test_autocast_on_a_gpu_keeps_the_dtype(name):
+    """PyTorch's autocast computes some functions in float32, such as pow."""
+    with FakeTensorMode(), torch.autocast('cuda', torch.bfloat16):
+        x = torch.empty(3, 37, dtype=torch.bfloat16, device='cuda')
+        inputs = [x] * len(OPERATORS[name].make((3, 37)).inputs)
+        assert getattr(pointwise, name)(*inputs).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize('name', ['squared_relu', 'sigmoid_gate'])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vrwkv_ops.scan import bi_wkv_scan
+from vrwkv_ops import bi_wkv
 
 from .backends import has_kernels, on
 
@@ -250,10 +250,8 @@ WRONG = {
 
 @on('name arguments error message', WRONG, only=lambda backend: backend.device == 'cpu')
 def test_refuses(backend, name, arguments, error, message):
-    functions = [backend.function(name), *[bi_wkv_scan] * (name == 'bi_wkv')]
-    for function in functions:
-        with pytest.raises(error, match=message):
-            function(**arguments)
+    with pytest.raises(error, match=message):
+        backend.function(name)(**arguments)
 
 
 @on(only=lambda backend: backend.device == 'cuda')
@@ -262,6 +260,13 @@ def test_refuses_tensors_on_two_devices(backend):
     on_gpu = {name: x.to(backend.device) for name, x in on_gpu.items()}
     with pytest.raises(ValueError, match="'v' is on cpu but 'k' is on cuda:0"):
         backend.function('bi_wkv')(**wkv(**on_gpu))
+
+
+def test_refuses_mixed_dtypes_on_the_meta_device():
+    """PyTorch has no autocast there, and raises an error if it is asked."""
+    w, u, k, v = (x.to('meta') for x in wkv().values() if isinstance(x, torch.Tensor))
+    with pytest.raises(TypeError, match='must have one dtype'):
+        bi_wkv(w, u, k, v.bfloat16())
 
 
 @on(only=lambda backend: has_kernels(backend) and 'pytorch' not in backend.name)
@@ -275,7 +280,7 @@ def test_kernels_guard_direct_calls(backend):
         (w, w, k, k[:, :5]),
         (w, w, k, k.half()),
         (w, w, k[0], k[0]),
-        (w.expand(2, 4)[:, 0], w, k, k),
+        (w.new_zeros(4, 2)[:, 0], w, k, k),  # not contiguous
     ):
         with pytest.raises(RuntimeError):
             ops.bi_wkv_forward(*wrong, False, False)

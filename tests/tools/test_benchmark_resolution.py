@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from vrwkv.layers import mix
-from vrwkv_ops.scan import bi_wkv_scan
+from vrwkv_ops.reference import bi_wkv_reference
 
 TOOL = 'analysis_tools/benchmark_resolution.py'
 PLAIN, FLASH = 'DeiT, plain attention', 'DeiT, flash attention'
@@ -54,7 +54,7 @@ def test_models_are_of_one_size(tool):
 )
 def test_a_wrong_peer_is_refused(tool, args, factor, refused):
     ours = mix.bi_wkv
-    peer = SimpleNamespace(function=lambda *inputs: bi_wkv_scan(*inputs) * factor)
+    peer = SimpleNamespace(function=lambda *inputs: bi_wkv_reference(*inputs) * factor)
     network = tool.build(tool.OURS, 'tiny', 32).eval()
     why = tool.refusal(args, network, torch.randn(1, 3, 32, 32), peer)
     assert why.startswith('refused') if refused else not why

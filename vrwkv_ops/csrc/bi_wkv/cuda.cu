@@ -22,13 +22,6 @@
 #define VRWKV_CHUNK_TOKENS 16
 #include "shared_tile.h"
 
-// Taking the address of a __grid_constant__ parameter makes no copy of it.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 700
-#define VRWKV_PARAMETER
-#else
-#define VRWKV_PARAMETER __grid_constant__
-#endif
-
 namespace vrwkv_cuda {
 namespace {
 
@@ -166,7 +159,7 @@ __device__ __noinline__ void careful_outputs(SharedTile<typename Pass::P> tile, 
 // tiles.
 template <typename Pass, bool outputs>
 __global__ void __launch_bounds__(kMaxRows* kColumns, Occupancy<typename Pass::P>::kBlocks)
-    tile_kernel(const VRWKV_PARAMETER typename Pass::P p, int rows) {
+    tile_kernel(const __grid_constant__ typename Pass::P p, int rows) {
   using Tile = SharedTile<typename Pass::P>;
   extern __shared__ __align__(16) unsigned char memory[];
   __shared__ bool is_careful[kMaxRows];  // the warps that take the careful path

@@ -1,5 +1,5 @@
 // Checks, allocations and dispatch over dtypes of the element-wise functions, for a Backend that has
-//   template <PointwiseFunction, typename scalar_t> static void run(const Pointwise<scalar_t>&, int64_t count);
+//   template <PointwiseFunction, typename scalar_t> static void run(const PointwiseParams<scalar_t>&, int64_t count);
 #pragma once
 
 #include <array>

@@ -152,8 +152,8 @@ struct CudaBackend {
   template <int kMixes, int kLanes, typename scalar_t>
   static void launch(const TokenShiftBackwardParams<scalar_t>& p, int64_t pieces) {
     const int64_t columns = ceil_div(p.channels, kColumns * kLanes);
-    TORCH_CHECK(columns <= 65535, "token_shift_backward: expected at most ", 65535 * kColumns, " channels on CUDA, got ",
-                p.channels);
+    TORCH_CHECK(columns <= 65535, "token_shift_backward: expected at most ", 65535 * kColumns * kLanes,
+                " channels on CUDA, got ", p.channels);
     const dim3 grid(static_cast<unsigned>(pieces), static_cast<unsigned>(columns));
     shift_backward_kernel<kMixes, kLanes><<<grid, kBlockThreads, 0, at::cuda::getCurrentCUDAStream()>>>(p, pieces);
     C10_CUDA_KERNEL_LAUNCH_CHECK();

@@ -1,6 +1,6 @@
 // Checks, allocations and dispatch over dtypes of the token shifts, for a Backend that has
-//   template <int kMixes, typename scalar_t> static void run(const ShiftForward<scalar_t>&);
-//   template <int kMixes, typename scalar_t> static void run(const ShiftBackward<scalar_t>&, int64_t pieces);
+//   template <int kMixes, typename scalar_t> static void run(const TokenShiftForwardParams<scalar_t>&);
+//   template <int kMixes, typename scalar_t> static void run(const TokenShiftBackwardParams<scalar_t>&, int64_t pieces);
 #pragma once
 
 #include <c10/util/string_view.h>

@@ -47,7 +47,7 @@ _warned: set[str] = set()
 
 
 def load() -> None:
-    """Load the compiled kernels; called once, after the operators are defined."""
+    """Load the compiled kernels; ``definitions.complete`` then adds what they lack."""
     try:
         info = json.loads(_BUILD_INFO.read_text())
     except FileNotFoundError:

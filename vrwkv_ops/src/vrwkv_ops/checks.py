@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+MAX_KEY = 1e8  # Bi-WKV takes larger keys as this; a key of -inf hides its token
 MAX_HEAD = 64  # channels of a head of Bi-WKV6
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _DTYPE_NAMES = ', '.join(str(dtype).removeprefix('torch.') for dtype in FLOAT_DTYPES)
@@ -29,7 +30,9 @@ def _autocast_unifies(k: Tensor, v: Tensor) -> bool:
     """Return whether autocast converts ``k`` and ``v`` to one dtype (float64 is not converted)."""
     if torch.float64 in (k.dtype, v.dtype):
         return False
-    return torch.is_autocast_enabled(k.device.type)
+    kind = k.device.type
+    # PyTorch cannot say whether it is enabled for a device that has none, such as meta.
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def check_bi_wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor, causal: bool) -> None:

@@ -132,7 +132,8 @@ def _bi_wkv6_forward(r, *args):
 
 def _bi_wkv6_backward(gy, *args):
     backends.warn_if_slow(gy.device)
-    return wkv6.backward(gy, *args)
+    with torch.autocast(gy.device.type, enabled=False):  # backward() may run under autocast
+        return wkv6.backward(gy, *args)
 
 
 def _bi_wkv6_setup_context(ctx, inputs, output):

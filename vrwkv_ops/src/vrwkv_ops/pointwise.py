@@ -8,7 +8,8 @@ from vrwkv_ops.checks import accumulation_dtype
 
 def squared_relu(x: Tensor) -> Tensor:
     """Compute :func:`vrwkv_ops.squared_relu`."""
-    return torch.relu(x).square()
+    positive = torch.relu(x)
+    return positive * positive  # CUDA's autocast would compute square() in float32
 
 
 def squared_relu_backward(grad: Tensor, x: Tensor) -> Tensor:

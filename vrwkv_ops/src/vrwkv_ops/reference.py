@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vrwkv_ops.checks import (
+    MAX_KEY,
     accumulation_dtype,
     check_bi_wkv,
     check_bi_wkv6,
@@ -47,7 +48,8 @@ def bi_wkv_reference(w: Tensor, u: Tensor, k: Tensor, v: Tensor, causal: bool = 
     check_bi_wkv(w, u, k, v, causal)
     out_dtype = k.dtype
     dtype = accumulation_dtype(k.dtype)
-    w, u, k, v = w.to(dtype), u.to(dtype), k.to(dtype), v.to(dtype)
+    w, u, v = w.to(dtype), u.to(dtype), v.to(dtype)
+    k = k.to(dtype).clamp(-MAX_KEY, MAX_KEY)
     tokens = k.shape[1]
 
     past = _states_before(w, k, v, range(tokens))  # A, C of the paper

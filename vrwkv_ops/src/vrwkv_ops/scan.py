@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vrwkv_ops.checks import accumulation_dtype, check_bi_wkv
+from vrwkv_ops.checks import MAX_KEY
 
 
 class _States(NamedTuple):
@@ -141,7 +141,7 @@ def forward(w: Tensor, u: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[T
     Returns:
         Output and log of its denominator, both (B, T, C) in the accumulation dtype.
     """
-    k, v = k.to(w.dtype), v.to(w.dtype)
+    k, v = k.to(w.dtype).clamp(-MAX_KEY, MAX_KEY), v.to(w.dtype)
     scale = _headroom(k.shape[1])
     terms = _leaves(torch.stack([v * scale, torch.ones_like(v)]), k)
     total = terms._replace(k=u + k)
@@ -171,7 +171,8 @@ def backward(
     Returns:
         Gradients of ``w``, ``u``, ``k`` and ``v``, in the accumulation dtype.
     """
-    gy, k, v = gy.to(w.dtype), k.to(w.dtype), v.to(w.dtype)
+    gy, v = gy.to(w.dtype), v.to(w.dtype)
+    k = k.to(w.dtype).clamp(-MAX_KEY, MAX_KEY)
     tokens = k.shape[1]
     scale = _headroom(tokens)
     v, y = v * scale, y * scale
@@ -204,26 +205,3 @@ def backward(
         gk = gk + gk_part
         gw = gw - token_sum(weight * (v * moment_g - moment_h) + i_factor * grows * gk_part)
     return gw / scale, gu / scale, gk / scale, gv
-
-
-class _BiWKVScan(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, w, u, k, v, causal):
-        y, z = forward(w, u, k, v, causal)
-        ctx.save_for_backward(w, u, k, v, y, z)
-        ctx.causal = causal
-        return y.to(k.dtype)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gy):
-        w, u, k, v, y, z = ctx.saved_tensors
-        gw, gu, gk, gv = backward(gy, w, u, k, v, y, z, ctx.causal)
-        return gw, gu, gk.to(k.dtype), gv.to(v.dtype), None
-
-
-def bi_wkv_scan(w: Tensor, u: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
-    """Compute :func:`vrwkv_ops.bi_wkv` by the pure-PyTorch scan."""
-    check_bi_wkv(w, u, k, v, causal)
-    dtype = accumulation_dtype(k.dtype)
-    return _BiWKVScan.apply(w.to(dtype), u.to(dtype), k, v, causal)

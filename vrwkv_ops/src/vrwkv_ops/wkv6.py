@@ -44,10 +44,9 @@ def _join(x: Tensor, like: Tensor) -> Tensor:
 
 def _chunks(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> _Chunks:
     r, k, v = (_split(x, u.shape[0], u.dtype) for x in (r, k, v))
-    # A rounding of the logarithm would count as often as the logarithm is large.
-    log_d = _split(-torch.exp(w.double()), u.shape[0], torch.float64)
+    log_d = _split(-torch.exp(w), u.shape[0], w.dtype)
     logs = (log_d, _sum_before(log_d), _sum_after(log_d), log_d.sum(3))
-    return _Chunks(r, k, v, *(log.exp().to(u.dtype) for log in logs))
+    return _Chunks(r, k, v, *(log.exp() for log in logs))
 
 
 def _sum_before(x: Tensor) -> Tensor:
@@ -149,9 +148,8 @@ def backward(
         glog += _sum_after(scaled[0]) + _sum_before(scaled[1])
         glog += (c.whole * (states * adjoints).sum(4))[..., None, :]
     # Where w is large the decay is 0, and so is glog.
-    gw = -_join(glog, w) * torch.exp(w.double().clamp(max=LARGE))
-    gw = gw.to(w.dtype).contiguous()
-    return _join(gr, r), _join(gk, k), _join(gv, v), gw, gu
+    gw = -_join(glog, w) * torch.exp(w.clamp(max=LARGE))
+    return _join(gr, r), _join(gk, k), _join(gv, v), gw.contiguous(), gu
 
 
 def _pair_gradients(

@@ -29,13 +29,14 @@ def forward_kernel(
     program = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(N, BLOCK_V)
     head = program // blocks % H
-    first = program // blocks // H * T * H * N + head * N
+    step = tl.cast(N, tl.int64) * H  # an image may have 2^31 elements
+    first = program // blocks // H * T * step + head * N
     i = tl.arange(0, BLOCK_N)
     j = program % blocks * BLOCK_V + tl.arange(0, BLOCK_V)
     u = _read(u_ptr, head * N, i, i < N, ACC)
     state = tl.zeros((BLOCK_N, BLOCK_V), ACC)
     for t in range(T):
-        at = first + t * H * N
+        at = first + t * step
         r = _read(r_ptr, at, i, i < N, ACC)
         k = _read(k_ptr, at, i, i < N, ACC)
         v = _read(v_ptr, at, j, j < N, ACC)
@@ -47,7 +48,7 @@ def forward_kernel(
         tl.debug_barrier()  # y is read again
         state = tl.zeros((BLOCK_N, BLOCK_V), ACC)
         for s in range(T):
-            at = first + (T - 1 - s) * H * N
+            at = first + (T - 1 - s) * step
             r = _read(r_ptr, at, i, i < N, ACC)
             k = _read(k_ptr, at, i, i < N, ACC)
             v = _read(v_ptr, at, j, j < N, ACC)
@@ -69,15 +70,15 @@ def backward_kernel(
     """
     program = tl.program_id(0).to(tl.int64)
     head = program % H
-    first = program // H * T * H * N + head * N
-    step = H * N
+    step = tl.cast(N, tl.int64) * H
+    first = program // H * T * step + head * N
     if REVERSE:
         first += (T - 1) * step
         step = -step
     i = tl.arange(0, BLOCK_N)
     inside = i < N
     cell = i[:, None] * BLOCK_N + i[None, :]
-    size = BLOCK_N * BLOCK_N
+    size = tl.cast(BLOCK_N * BLOCK_N, tl.int64)
     edges = edges_ptr + program * chunks * size + cell
     states = states_ptr + program * CHUNK * size + cell
     state = tl.zeros((BLOCK_N, BLOCK_N), ACC)
