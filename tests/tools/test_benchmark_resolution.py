@@ -97,6 +97,24 @@ def test_what_fails_is_said_and_not_tried_again(tool, args, monkeypatch, outcome
     assert note in table and table.count('\n') == 7
 
 
+def test_rounds_take_turns_and_the_fastest_counts(tool, args, monkeypatch):
+    speeds, measured = iter([5.0, 2.0, 1.0, 4.0, 3.0, 6.0]), []
+
+    def measure_apart(args, size, model, resolution):
+        measured.append(model)
+        return tool.Row(size, model, resolution, next(speeds), 2**20)
+
+    monkeypatch.setattr(tool, 'measure_apart', measure_apart)
+    args.rounds, args.resolutions = 2, [32]
+    rows = tool.run(args)
+    assert measured == [tool.OURS, PLAIN, FLASH] * 2
+    assert [(r.model, r.images_per_second) for r in rows] == [
+        (tool.OURS, 5.0),
+        (PLAIN, 3.0),
+        (FLASH, 6.0),
+    ]
+
+
 def test_table_json_and_plot(tool, monkeypatch, tmp_path, capsys):
     """All of it in small, the figures in this process."""
     monkeypatch.setattr(tool, 'measure_apart', tool.measure)
