@@ -84,17 +84,26 @@ _Settings.__module__, _Settings.__name__ = 'yacs.config', 'CfgNode'
 _Settings.__qualname__ = _Settings.__name__
 
 
-@cache
 def allow_harmless_globals() -> None:
     """Let ``torch.load(weights_only=True)`` read the objects that training codes save with weights.
+
+    Once is not enough: PyTorch forgets an object where another library ends its own permission, as
+    timm does for ``argparse.Namespace``.
+    """
+    torch.serialization.add_safe_globals(_harmless_globals())
+
+
+@cache
+def _harmless_globals() -> list:
+    """Return what training codes save with weights, and nothing that runs any code.
 
     mmengine saves log histories (``HistoryBuffer``) and numpy arrays and numbers, written under
     numpy 1.x or 2.x, which differ in module names. Upstream's codes for Large and MAE save their
     settings: a yacs ``CfgNode`` (see :class:`_Settings`; yacs is not needed) and an
-    ``argparse.Namespace``. None of these runs any code.
+    ``argparse.Namespace``.
     """
     scalar_types = 'bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64'
-    torch.serialization.add_safe_globals([
+    return [
         HistoryBuffer,
         np.ndarray,
         np.dtype,
@@ -108,7 +117,7 @@ def allow_harmless_globals() -> None:
             for package in ('numpy.core', 'numpy._core')
         ),
         *(_renamed(_history_statistic, f'{m}.getattr') for m in ('builtins', '__builtin__')),
-    ])  # fmt: skip
+    ]  # fmt: skip
 
 
 def read_checkpoint(

@@ -122,7 +122,7 @@ def test_golden_large(golden, tmp_path):
         num_classes=11, hidden_dims=24, embed_dims=12, depth=13, img_size=64, init_values=0.1,
     )  # fmt: skip
     error = (model(data.input) - data.outputs[0]).abs().max() / data.outputs[0].abs().max()
-    assert error < 1e-4  # what float32 upstream numbers allow
+    assert error < 2e-5  # as of the golden files
 
 
 def test_features_only(source, tmp_path):
@@ -155,12 +155,11 @@ def test_first_convolution_by_the_rule_of_timm(source, tmp_path):
     path = save(source.state_dict(), tmp_path / 'weights.pth')
     grey = images(1)
     expected = source(grey.expand(-1, 3, -1, -1))
-    for channels in (1, 2, 6):
+    for channels in (1, 6):
         model = create(pretrained=path, num_classes=5, in_channels=channels)
         # Sums in another order, over weights of 768 pixels.
         x = grey.expand(-1, channels, -1, -1)
-        if channels % 3 != 2:
-            assert torch.allclose(model(x), expected, atol=1e-5), channels
+        assert torch.allclose(model(x), expected, atol=1e-5), channels
 
 
 def test_other_classes_replace_the_last_layer_with_one_warning(source, tmp_path):

@@ -4,7 +4,6 @@ import re
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from vrwkv.backbones import VRWKV, VRWKV6
 from vrwkv.layers import SpatialMix6
@@ -152,13 +151,14 @@ def test_checkpointing_changes_no_gradient():
 
 
 def test_autocast():
+    torch.manual_seed(0)
     model = randomise(VRWKV6(**SMALL))
     image = torch.randn(2, 3, 32, 40)
     (expected,) = model(image)
     with torch.autocast('cpu', torch.bfloat16):
         (out,) = model(image)
-    # bfloat16 has 8 bits: a few of their half-units after two layers.
-    assert F.cosine_similarity(out.flatten(), expected.flatten(), dim=0) > 0.99
+    # bfloat16 has 8 bits: a few of their half-units, 0.002, after two layers. 0.012 was measured.
+    assert ((out - expected).norm() / expected.norm()).item() < 0.02
     out.float().square().sum().backward()
     for name, param in model.named_parameters():
         assert param.grad.dtype == torch.float32, name

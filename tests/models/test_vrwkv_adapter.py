@@ -189,7 +189,7 @@ def test_every_parameter_gets_a_gradient(kwargs):
     x = torch.randn(2, kwargs.get('in_channels', 3), 32, 64)
     _, grads = run(model, x)
     missing = [name for name, grad in grads.items() if grad is None]
-    # Not added to the output, the last layer still is what the last extractor looks at.
+    # The last extractor reads the last layer's output, even where no output adds it.
     assert missing == []
     assert grads['patch_embed.projection.weight'].any()
 

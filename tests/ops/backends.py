@@ -25,6 +25,17 @@ import vrwkv_ops
 from vrwkv_ops import ops, reference
 from vrwkv_ops import triton as triton_backend
 
+# The start of a program that shall find no compiled kernels.
+HIDE_KERNELS = """
+import pathlib
+read_text = pathlib.Path.read_text
+def hidden(self, *args, **kwargs):
+    if self.name == '_build_info.json':
+        raise FileNotFoundError
+    return read_text(self, *args, **kwargs)
+pathlib.Path.read_text = hidden
+"""
+
 
 @dataclass(frozen=True)
 class Backend:

@@ -67,7 +67,7 @@ def run(operators, capsys, folder, *args):
 def test_deformable_attention_beside_that_of_mmcv(modules, tmp_path, capsys, monkeypatch):
     status, content, _ = run(modules[1], capsys, tmp_path, '--deformable', '--channels', '24')
     errors = {row['kernel']: row['error'] for row in content['rows']}
-    assert status == 0 and errors['ms_deform_attn'] < 1e-5 > errors['mmcv_deform_attn']
+    assert status == 0 and max(errors['ms_deform_attn'], errors['mmcv_deform_attn']) < 1e-5
     assert errors['bi_wkv6'] < 1e-5  # 3 heads of 8 channels
     wrong = modules[1].ms_deform_attn
     monkeypatch.setattr(modules[1], 'ms_deform_attn', lambda *args: 1.0001 * wrong(*args))
@@ -137,7 +137,7 @@ def test_no_time_for_a_wrong_kernel(modules, peers, tmp_path, capsys, name, reas
     assert all(row['seconds'] for row in content['rows'] if row['kernel'] != 'bad')
 
 
-def test_what_is_right(modules):
+def test_error_of(modules):
     error_of = modules[1].error_of
     truth = [torch.ones(10, dtype=torch.float64)]
     assert error_of([torch.ones(10)], truth) == (0, '')
@@ -150,8 +150,8 @@ def test_what_is_right(modules):
     assert 'wrong' in error_of([rounded + 2**-9], third)[1]
 
 
-def test_our_kernels_pass_where_they_are_hardest_to_tell_apart(modules):
-    """The gate's own inputs, through another implementation and ours."""
+def test_right_kernels_are_not_refused(modules):
+    """The loops and our kernels pass on the benchmark's own inputs."""
     args = argparse.Namespace(
         batch_size=2, elements=0, channels=8, device=torch.device('cpu'), peer=[], heads=0
     )

@@ -163,7 +163,7 @@ EXTREME = [
 @on('tokens k_max steps', EXTREME, only=has_kernels)
 @both_directions
 def test_extremes_stay_finite_and_accurate(backend, tokens, k_max, steps, causal):
-    """Beyond |k| = 30 or |w| T = 30 the error may grow in proportion, and never to NaN or Inf."""
+    """Beyond |k| = 30 or |w| T = 30 errors of gradients may grow in proportion, never to NaN."""
     for w_step in steps:
         w, u, k, v, gy = make_inputs(tokens, 2, 1, k_max=k_max, seed=tokens)
         check_extreme(backend, torch.full_like(w, w_step), u, k, v, gy, causal)
@@ -182,7 +182,9 @@ def check_extreme(backend, w, u, k, v, gy, causal):
     scales = (0.0, terms * tokens, terms, terms, 0.0)
     for name, got, expected, scale in zip(NAMES, results, truths, scales, strict=True):
         error = (got.double() - expected).norm().item()
-        bar = min(1.0, 1e-5 * growth) * max(expected.norm().item(), scale)
+        # The rounded log of the denominator moves the gradients; the output stays within the bar.
+        allowed = 1e-5 if name == 'y' else min(1.0, 1e-5 * growth)
+        bar = allowed * max(expected.norm().item(), scale)
         assert error <= bar, (name, w_step)
 
 

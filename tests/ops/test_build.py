@@ -21,6 +21,8 @@ from setuptools.errors import SetupError
 
 from vrwkv_ops import backends
 
+from .backends import HIDE_KERNELS
+
 _PACKAGE = Path(__file__).resolve().parents[2] / 'vrwkv_ops'
 _spec = importlib.util.spec_from_file_location('kernels', _PACKAGE / 'build_tools' / 'kernels.py')
 kernels = sys.modules['kernels'] = importlib.util.module_from_spec(_spec)
@@ -316,28 +318,24 @@ def test_slow_path_warns_once_per_device(fresh_backends, monkeypatch, tmp_path):
 
 def test_operators_work_without_kernels():
     """A process without compiled kernels: the scan serves it, with one warning."""
-    script = (
-        'import json, pathlib, warnings\n'
-        'read_text = pathlib.Path.read_text\n'
-        'def hidden(self, *args, **kwargs):\n'
-        '    if self.name == "_build_info.json":\n'
-        '        raise FileNotFoundError\n'
-        '    return read_text(self, *args, **kwargs)\n'
-        'pathlib.Path.read_text = hidden\n'
-        'import torch, vrwkv_ops\n'
-        'from vrwkv_ops.reference import bi_wkv_reference\n'
-        'w, u = torch.randn(2, 8, requires_grad=True)\n'
-        'k, v = torch.randn(2, 2, 6, 8, requires_grad=True)\n'
-        'with warnings.catch_warnings(record=True) as caught:\n'
-        '    warnings.simplefilter("always")\n'
-        '    y = vrwkv_ops.bi_wkv(w, u, vrwkv_ops.q_shift(k, (2, 3)), v)\n'
-        '    g = torch.autograd.grad(y.square().sum(), v, retain_graph=True)[0]\n'
-        'assert len([c for c in caught if "pure-PyTorch" in str(c.message)]) == 1, caught\n'
-        'r = bi_wkv_reference(w, u, vrwkv_ops.q_shift(k, (2, 3)), v)\n'
-        'torch.testing.assert_close(y, r)\n'
-        'torch.testing.assert_close(g, torch.autograd.grad(r.square().sum(), v)[0])\n'
+    script = """
+import warnings
+import torch, vrwkv_ops
+from vrwkv_ops.reference import bi_wkv_reference
+w, u = torch.randn(2, 8, requires_grad=True)
+k, v = torch.randn(2, 2, 6, 8, requires_grad=True)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter('always')
+    y = vrwkv_ops.bi_wkv(w, u, vrwkv_ops.q_shift(k, (2, 3)), v)
+    g = torch.autograd.grad(y.square().sum(), v, retain_graph=True)[0]
+assert len([c for c in caught if 'pure-PyTorch' in str(c.message)]) == 1, caught
+r = bi_wkv_reference(w, u, vrwkv_ops.q_shift(k, (2, 3)), v)
+torch.testing.assert_close(y, r)
+torch.testing.assert_close(g, torch.autograd.grad(r.square().sum(), v)[0])
+"""
+    result = subprocess.run(
+        [sys.executable, '-c', HIDE_KERNELS + script], capture_output=True, text=True
     )
-    result = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
 

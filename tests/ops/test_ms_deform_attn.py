@@ -8,6 +8,7 @@ import torch
 
 from .backends import has_kernels, on
 from .operators import OPERATORS, Call
+from .test_torch_library import allocations
 
 OPERATOR = OPERATORS['ms_deform_attn']
 
@@ -99,8 +100,5 @@ def test_no_temporary_larger_than_the_output(python):
     value = torch.randn(1, 64, 2, 32)
     locations, weights = torch.rand(1, 400, 2, 1, 4, 2), torch.rand(1, 400, 2, 1, 4)
     function = deform.forward if python else torch.ops.vrwkv_ops.ms_deform_attn
-    with torch.profiler.profile(profile_memory=True) as profile:
-        out = function(value, [8, 8], locations, weights)
-    events = profile.profiler.kineto_results.events()
-    sizes = [e.nbytes() for e in events if e.name() == '[memory]' and e.nbytes() > 0]
+    out, sizes = allocations(lambda: function(value, [8, 8], locations, weights))
     assert max(sizes) <= out.numel() * out.element_size()

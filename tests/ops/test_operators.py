@@ -186,11 +186,7 @@ def test_expanded_inputs(backend, operator):
         if call.inputs[name].dim() > 2:  # it has images
             wide.inputs[name] = call.inputs[name].expand(3, *call.inputs[name].shape[1:])
     wide.grads = [x.new_ones(()).expand_as(x) for x in wide.grads]
-    dense = wide.map(torch.clone)
-    dense.grads = [x.contiguous() for x in dense.grads]
     wide.check(wide.run(backend))
-    for got, want in zip(wide.run(backend), dense.run(backend), strict=True):
-        torch.testing.assert_close(got, want)
 
 
 @on()

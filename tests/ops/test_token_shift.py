@@ -82,17 +82,6 @@ def test_q_shift_moves_bits(backend, tokens, grid):
 
 
 @on()
-@pytest.mark.parametrize('step', [1, 2, 6])
-def test_gradient_is_the_adjoint(backend, step):
-    """<shift(x), y> = <x, shift*(y)>, exactly: a shift only moves numbers, here integers."""
-    x, y = (torch.randint(-9, 9, (2, 15, 10), device=backend.device).double() for _ in range(2))
-    x.requires_grad_()
-    shifted = backend.function('q_shift')(x, (3, 5), step)
-    (adjoint,) = torch.autograd.grad(shifted, x, y)
-    assert (shifted * y).sum().item() == (x * adjoint).sum().item()
-
-
-@on()
 def test_mixes_of_any_form(backend):
     """One tensor (n, C), vectors, and the layers' parameters of shape (1, 1, C) mean the same."""
     function = backend.function('token_shift')

@@ -217,7 +217,7 @@ def test_meta_tensors():
     assert y.device.type == 'meta' and y.shape == (2, 6, 8)
 
 
-def _allocations(function):
+def allocations(function):
     """Sizes in bytes of what the CPU allocator hands out while ``function`` runs."""
     with torch.profiler.profile(profile_memory=True) as profile:
         result = function()
@@ -234,17 +234,17 @@ def test_nothing_as_large_as_an_input_is_allocated(dtype):
     nbytes = k.numel() * k.element_size()
     half = dtype != torch.float32
 
-    saved, sizes = _allocations(lambda: ops.bi_wkv_forward(w, u, k, v, False, False))
+    saved, sizes = allocations(lambda: ops.bi_wkv_forward(w, u, k, v, False, False))
     assert [size for size in sizes if size >= nbytes] == [nbytes]
-    saved, sizes = _allocations(lambda: ops.bi_wkv_forward(w, u, k, v, False, True))
+    saved, sizes = allocations(lambda: ops.bi_wkv_forward(w, u, k, v, False, True))
     expected = sorted([nbytes, k.numel() * 4] + [nbytes] * half)  # y, z and the residual
     assert [size for size in sizes if size >= nbytes] == expected
-    _, sizes = _allocations(lambda: ops.bi_wkv_backward(gy, w, u, k, v, *saved, False))
+    _, sizes = allocations(lambda: ops.bi_wkv_backward(gy, w, u, k, v, *saved, False))
     assert [size for size in sizes if size >= nbytes] == [nbytes] * 2  # gk, gv
-    _, sizes = _allocations(lambda: ops.q_shift(k, 64, 64, 1, 0.25, False))
+    _, sizes = allocations(lambda: ops.q_shift(k, 64, 64, 1, 0.25, False))
     assert [size for size in sizes if size >= nbytes] == [nbytes]
     shift = (torch.stack([w, u]), 64, 64, 1, 0.25, 'q_shift')
-    _, sizes = _allocations(lambda: ops.token_shift_forward(k, *shift))
+    _, sizes = allocations(lambda: ops.token_shift_forward(k, *shift))
     assert [size for size in sizes if size >= nbytes] == [nbytes] * 2
-    _, sizes = _allocations(lambda: ops.token_shift_backward([k, v], k, *shift))
+    _, sizes = allocations(lambda: ops.token_shift_backward([k, v], k, *shift))
     assert [size for size in sizes if size >= nbytes] == [nbytes]

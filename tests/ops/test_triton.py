@@ -20,7 +20,7 @@ from vrwkv_ops.triton import bi_wkv, bi_wkv6, pointwise
 from vrwkv_ops.triton import ms_deform_attn as deform
 from vrwkv_ops.triton import token_shift as shift
 
-from .backends import BACKENDS, interpreter
+from .backends import BACKENDS, HIDE_KERNELS, interpreter
 from .dense_bi_wkv import dense_with_gradients
 from .dense_bi_wkv6 import dense_bi_wkv6
 from .test_bi_wkv import make_inputs, relative_error, run
@@ -206,14 +206,10 @@ def test_compiles_for_a_gpu(kernel, constants, tmp_path, monkeypatch):
 
 # --- Dispatch -----------------------------------------------------------------------------------
 
-WITHOUT_KERNELS = """
-import pathlib, sys
-read_text = pathlib.Path.read_text
-def hidden(self, *args, **kwargs):
-    if self.name == '_build_info.json':
-        raise FileNotFoundError
-    return read_text(self, *args, **kwargs)
-pathlib.Path.read_text = hidden
+WITHOUT_KERNELS = (
+    HIDE_KERNELS
+    + """
+import sys
 import torch
 from vrwkv_ops import backends, definitions, ops, triton
 assert backends.triton_serves_gpus()
@@ -227,6 +223,7 @@ for name in names:
     assert has(f'vrwkv_ops::{name}', 'CUDA'), name
     assert not has(f'vrwkv_ops::{name}', 'CPU'), name
 """
+)
 
 
 def test_triton_serves_gpus_without_compiled_kernels():

@@ -214,8 +214,8 @@ def test_memory():
 
 @pytest.mark.parametrize('channels', [1, 3, 4])
 def test_training_memory(write_config, load_script, channels):
+    """A step of a model for that many channels runs."""
     training_memory = load_script('tools/analysis_tools/training_memory.py')
     changes = f"model['backbone']['in_channels'] = {channels}"
     config = str(write_config('memory', changes=changes))
-    peak, seconds = training_memory.step(config, True, 1, (64, 96), 'cpu')
-    assert peak >= 0 and seconds > 0
+    training_memory.step(config, True, 1, (64, 96), 'cpu')

@@ -221,7 +221,6 @@ def raster(tmp_path):
 
 def arguments(repository, checkpoint, raster, *others):
     out = raster.with_name('out.tif')
-    others = ('--overlap', '32', *others)
     files = (repository / CONFIG, checkpoint, raster, out)
     return [str(x) for x in (*files, '--overlap', 32, *others)]
 

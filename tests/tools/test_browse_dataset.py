@@ -137,8 +137,6 @@ def test_every_problem_of_a_set_is_listed(browse, task):
     """Not the first alone: a file that is no image, and one of four bands; training is good."""
     paths = sorted((browse.root / 'val').rglob('*.png'))
     paths[0].write_bytes(b'no image')
-    Image.fromarray(noise(32, 48, 4)[..., :3]).save(paths[1])
-
     cv2.imwrite(str(paths[2]), np.ones((32, 48, 4), np.uint16))
     status, out = browse()
     assert status == 1
@@ -172,7 +170,7 @@ def test_labels_that_do_not_fit(browse, task):
     assert 'no problems' in good
     for text in expected:
         assert text in bad
-    assert f'{len(expected)} problems' in bad or '1 problems' in bad
+    assert f'\n{len(expected)} problems\n' in bad, bad
 
 
 def test_many_problems_are_counted(browse, task, load_script, monkeypatch):

@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 import zipfile
+from argparse import Namespace
 from functools import partial
 
 import numpy as np
@@ -171,6 +172,15 @@ def test_truncated_anywhere(old_format, tmp_path):
         reason = '(is truncated|cannot be loaded safely)' if old_format else 'is truncated'
         with pytest.raises(CheckpointError, match=rf"cut\.pth'.*{reason}"):
             load(path)
+
+
+def test_another_library_ends_its_own_permission(tmp_path):
+    """As timm does when it has read a file."""
+    torch.save(dict(model=dict(a=torch.ones(1)), args=Namespace(lr=0.1)), tmp_path / 'in.pth')
+    for _ in range(2):
+        assert set(read_checkpoint(tmp_path / 'in.pth')['state_dict']) == {'a'}
+        with torch.serialization.safe_globals([Namespace]):
+            pass
 
 
 def test_missing_file(tmp_path):

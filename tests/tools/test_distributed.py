@@ -42,8 +42,8 @@ def test_two_machines_train_like_one_process(toy_config, run, load, free_port, t
     assert actual['meta']['iter'] == expected['meta']['iter'] == 12
     # Sums in another order, 12 AdamW steps of up to 0.05: rounding errors of 1e-7 stay below 1e-5.
     torch.testing.assert_close(actual['state_dict'], expected['state_dict'], rtol=1e-5, atol=1e-5)
-    untrained = torch.load(tmp_path / 'one' / 'epoch_1.pth', weights_only=True)['state_dict']
-    assert (untrained['head.weight'] - expected['state_dict']['head.weight']).abs().max() > 1e-2
+    earlier = torch.load(tmp_path / 'one' / 'epoch_1.pth', weights_only=True)['state_dict']
+    assert (earlier['head.weight'] - expected['state_dict']['head.weight']).abs().max() > 1e-2
 
 
 def test_two_processes_measure_like_one(toy_config, run, free_port, tmp_path):
