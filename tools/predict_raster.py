@@ -69,6 +69,8 @@ class Predictor:
         loader = cfg.test_pipeline[0] if 'test_pipeline' in cfg else dict(type='LoadRaster')
         self.loads_raster = loader['type'] == 'LoadRaster'
         self.bands = loader.get('bands') if self.loads_raster else None
+        # mmcv scales the values of other images to 8 bits, unless it is told to leave them.
+        self.eight_bits = not self.loads_raster and loader.get('color_type') != 'unchanged'
         self.channels = self.preprocessor.mean.numel()
         outputs = self.model.decode_head.out_channels
         self.classes = max(outputs, 2)
@@ -107,7 +109,7 @@ class Predictor:
 
 
 def require_fit(predictor: Predictor, raster) -> None:
-    """Require that a raster has the model's bands.
+    """Require that a raster has the model's bands and the values that its pipeline loads.
 
     Raises:
         ValueError: If it has not.
@@ -124,6 +126,12 @@ def require_fit(predictor: Predictor, raster) -> None:
         raise ValueError(
             f'{raster.name} has {raster.count} bands, and the test_pipeline asks for the bands '
             f'{list(predictor.bands)}'
+        )
+    if predictor.eight_bits and set(raster.dtypes) != {'uint8'}:
+        raise ValueError(
+            f'{raster.name} has values of {raster.dtypes[0]}, but the test_pipeline loads images '
+            'of 8 bits: train with LoadRaster, or scale the raster as the training images and save '
+            'it as uint8'
         )
 
 
@@ -342,6 +350,7 @@ def run(args: argparse.Namespace) -> None:
     for path in outputs:
         if path.exists():
             raise FileExistsError(f'{path} exists: remove it, or name another file')
+        path.parent.mkdir(parents=True, exist_ok=True)
     predictor = Predictor(args.config, args.checkpoint, args.device)
     files = [str(args.config), str(args.checkpoint), str(args.raster)]
     stamps = [Path(name).stat().st_mtime if Path(name).exists() else None for name in files]

@@ -54,7 +54,7 @@ _MODEL_CARD = (
 
 {{ parameters }} parameters, {{ config.num_classes }} classes. The model is from
 [Vision-RWKV: Efficient and Scalable Visual Perception with RWKV-Like
-Architectures]({{ paper_url }}).
+Architectures](https://arxiv.org/abs/2403.02308).
 
 ```python
 from vrwkv import VisionRWKV
@@ -136,7 +136,6 @@ class VisionRWKV(
     license='apache-2.0',
     pipeline_tag='image-classification',
     tags=['vision', 'rwkv'],
-    paper_url='https://arxiv.org/abs/2403.02308',
     model_card_template=_MODEL_CARD,
 ):
     """An image classifier with a VRWKV or VRWKV6 backbone.
@@ -177,6 +176,8 @@ class VisionRWKV(
         check_rate('head_drop_rate', head_drop_rate)
         if hidden_dims is not None:
             check_int('hidden_dims', hidden_dims, 1)
+        if not num_classes:
+            hidden_dims = None  # there is no head
         #: The arguments, as ``config.json`` has them.
         self.config: dict[str, Any] = dict(
             family=family,
@@ -191,7 +192,7 @@ class VisionRWKV(
         self.global_pool = global_pool
         self.num_features = self.embed_dim = self.backbone.embed_dims
         self.head_drop = nn.Dropout(head_drop_rate)
-        self.head = Head(self.num_features, num_classes, hidden_dims if num_classes else None)
+        self.head = Head(self.num_features, num_classes, hidden_dims)
         #: The layers, as timm describes them.
         self.feature_info = [
             dict(
@@ -319,10 +320,13 @@ class VisionRWKV(
         backbone.depth = taken[-1] + 1
         backbone.layers = backbone.layers[: backbone.depth]
         backbone.out_indices = (taken[-1],)
+        self.config['depth'] = backbone.depth
         if prune_norm:
             backbone.ln1 = None
+            self.config['final_norm'] = False
         if prune_head:
             self.head = Head(self.num_features, 0)
+            self.config['hidden_dims'] = None
             self.reset_classifier(0, '')
         return taken
 
@@ -418,7 +422,8 @@ class VisionRWKV(
         from huggingface_hub import hf_hub_download
 
         names = ('revision', 'cache_dir', 'force_download', 'local_files_only', 'token')
-        source = {name: kwargs.pop(name, None) for name in names}
+        names += ('proxies', 'resume_download')  # of huggingface_hub before 1.0
+        source = {name: kwargs.pop(name) for name in names if name in kwargs}
         model = cls(**kwargs)
         if os.path.isdir(model_id):
             path = Path(model_id, 'model.safetensors')

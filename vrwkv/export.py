@@ -93,7 +93,7 @@ class Deployable(nn.Module):
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """Facts for who runs the export, see :class:`Export`, without ``shape``."""
+        """Facts for the program that runs the export, see :class:`Export`, without ``shape``."""
         meta = getattr(self.model, 'dataset_meta', None) or {}
         return dict(
             task=self.task,
@@ -149,7 +149,9 @@ class Deployable(nn.Module):
         if self.normalize:
             images = (images - self._mean) / self._std
         if self.task == 'classification':
-            return (self.model(images, mode='tensor'),)
+            # A VisionRWKV takes images alone.
+            mode = dict(mode='tensor') if hasattr(self.model, 'data_preprocessor') else {}
+            return (self.model(images, **mode),)
         if self.task == 'segmentation':
             scores = self.model(images, mode='tensor')
             align = self.model.align_corners
@@ -171,8 +173,9 @@ class Export:
         program: The graph.
         form: The form of Bi-WKV in it, see :func:`vrwkv_ops.decompositions`; ``'operators'`` if the
             graph has the operators of vrwkv_ops.
-        metadata: Facts for who runs it: ``task``, ``classes``, ``palette``, ``mean``, ``std``,
-            ``normalize``, ``step`` (H and W are multiples of it), ``shape`` (None for any).
+        metadata: Facts for the program that runs it: ``task``, ``classes``, ``palette``,
+            ``mean``, ``std``, ``normalize``, ``step`` (H and W are multiples of it), ``shape``
+            (None for any).
         path: The file; None for :func:`export_program` without one.
         errors: For each shape that was compared, the largest difference from PyTorch, relative to
             the largest output.
@@ -208,12 +211,12 @@ def export_program(
     """Export to a program of PyTorch's standard operators, and check it.
 
     Args:
-        model: A config, its path, or a model.
+        model: A config, its path, or a model: of OpenMMLab, a backbone, or a
+            :class:`~vrwkv.classifier.VisionRWKV`.
         weights: A checkpoint for a config's model. Without one its weights are random.
         out: A file to write, ``.pt2``, for :func:`torch.export.load`.
-        size: Height and width in pixels, or one number for both. By default the size of the
-            paper: 224, for a segmentor 512, for a detector (800, 1344); for a backbone its own
-            ``img_size``.
+        size: Height and width in pixels, or one number for both. By default 512 for a segmentor,
+            (800, 1344) for a detector, and otherwise the ``img_size`` of the backbone.
         batch: Number of images.
         dynamic: Whether the result takes any number of images, and images of any size.
         form: How Bi-WKV is computed, see :func:`vrwkv_ops.decompositions`. ``'auto'`` reads the
@@ -230,6 +233,7 @@ def export_program(
         TypeError: If the weights are half precision.
         ValueError: If an argument does not fit, or a layer's decay is out of the form's range.
     """
+    _require_suffix(out, '.pt2')
     deployable = prepare(model, weights, normalize)
     shape, step = deployable.image_shape(size, batch), deployable.step
     metadata = deployable.metadata | dict(shape=None if dynamic else list(shape))
@@ -252,7 +256,7 @@ def export_program(
     if out is not None:
         facts = dict(vrwkv=json.dumps(metadata))
         save = partial(torch.export.save, program, extra_files=facts)
-        export.path = _write(out, '.pt2', save)
+        export.path = _write(out, save)
     return export
 
 
@@ -290,9 +294,10 @@ def to_onnx(
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     _refuse_operators(kwargs, 'ONNX')
+    _require_suffix(out, '.onnx')
     export = export_program(model, weights, **kwargs)
     save = partial(_save_onnx, export, opset=opset)
-    export.path = _write(out, '.onnx', save, export.check)
+    export.path = _write(out, save, export.check)
     return export
 
 
@@ -317,6 +322,7 @@ def to_openvino(
         import onnxscript  # noqa: F401
         import openvino
     _refuse_operators(kwargs, 'OpenVINO')
+    _require_suffix(out, '.xml')
     export = export_program(model, weights, **kwargs)
 
     def save(path: Path) -> None:
@@ -327,7 +333,7 @@ def to_openvino(
         openvino.save_model(converted, path, compress_to_fp16=False)
         onnx_file.unlink()
 
-    export.path = _write(out, '.xml', save, export.check)
+    export.path = _write(out, save, export.check)
     return export
 
 
@@ -349,6 +355,7 @@ def to_aoti(
         The export.
     """
     kwargs.setdefault('form', 'operators')
+    _require_suffix(out, '.pt2')
     export = export_program(model, weights, **kwargs)
     export.metadata['form'] = export.form
     facts = dict(vrwkv=json.dumps(export.metadata), torch=torch.__version__)
@@ -361,7 +368,7 @@ def to_aoti(
                 inductor_configs={'aot_inductor.metadata': facts},
             )
 
-    export.path = _write(out, '.pt2', save, export.check)
+    export.path = _write(out, save, export.check)
     return export
 
 
@@ -388,6 +395,7 @@ def quantize_onnx(
         from onnxruntime import quantization
         from onnxruntime.quantization.shape_inference import quant_pre_process
 
+    _require_suffix(out, '.onnx')
     batches = iter(images)
 
     class Reader(quantization.CalibrationDataReader):
@@ -414,7 +422,7 @@ def quantize_onnx(
         )
         prepared.unlink()
 
-    return _write(out, '.onnx', save)
+    return _write(out, save)
 
 
 # --- Model, sizes and form ---------------------------------------------------------------------
@@ -480,13 +488,12 @@ def _choose_form(
         return 'cumsum' if form == 'auto' else form, CHUNK
     patch = deployable.patch
     tokens = 4 if dynamic else (shape[2] // patch) * (shape[3] // patch)
-    if dynamic and largest > ONE_FRAME_LIMIT:
-        tokens = 64  # a dynamic file with such decays serves images of 64 tokens and more
     chunk = next((n for n in CHUNKS if largest * n <= CHUNK_LIMIT * tokens), None)
     if chunk is None:
         raise ValueError(
             f'{layer}.spatial_decay reaches {largest:.0f}, and the chunked form holds up to '
-            f'{CHUNK_LIMIT * tokens // CHUNKS[-1]} for {tokens} tokens: export larger images, or '
+            f'{CHUNK_LIMIT * tokens // CHUNKS[-1]} for {tokens} tokens: export '
+            f'{"for one size" if dynamic else "larger images"}, or '
             "use form='operators' with export_aoti"
         )
     if form == 'auto' and not causal:
@@ -594,16 +601,18 @@ def _compare(
     return errors
 
 
+def _require_suffix(out: str | os.PathLike | None, suffix: str) -> None:
+    if out is not None and Path(out).suffix != suffix:
+        raise ValueError(f'the file must end in {suffix}, got {out}')
+
+
 def _write(
     out: str | os.PathLike,
-    suffix: str,
     save: Callable[[Path], None],
     check: Callable[[Path], object] = lambda draft: None,
 ) -> Path:
     """Write beside ``out``, check, and move all files into place."""
     out = Path(out)
-    if out.suffix != suffix:
-        raise ValueError(f'the file must end in {suffix}, got {out}')
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix='.export-') as folder:
         draft = Path(folder, out.name)

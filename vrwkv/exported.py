@@ -54,7 +54,10 @@ def load_exported(path: str | os.PathLike) -> tuple[Runner, dict[str, Any]]:
         raise FileNotFoundError(f'{path} does not exist')
     packages = ('onnxruntime', 'openvino')
     with explain_missing(f'{path.name}', extra='deployment', brings=packages):
-        return loaders[path.suffix](path)
+        run, facts = loaders[path.suffix](path)
+    if facts is None:
+        raise ValueError(f'{path} was not written by vrwkv.export')
+    return run, facts
 
 
 def _load_onnx(path: Path) -> tuple[Runner, dict[str, Any]]:
@@ -65,7 +68,7 @@ def _load_onnx(path: Path) -> tuple[Runner, dict[str, Any]]:
     options.add_session_config_entry('session.intra_op.allow_spinning', '0')
     session = onnxruntime.InferenceSession(os.fspath(path), options, ['CPUExecutionProvider'])
     name = session.get_inputs()[0].name
-    facts = session.get_modelmeta().custom_metadata_map.get('vrwkv', '{}')
+    facts = session.get_modelmeta().custom_metadata_map.get('vrwkv', 'null')
     return lambda images: session.run(None, {name: images}), json.loads(facts)
 
 
@@ -74,7 +77,7 @@ def _load_openvino(path: Path) -> tuple[Runner, dict[str, Any]]:
 
     core = openvino.Core()
     model = core.read_model(path)
-    facts = model.get_rt_info('vrwkv').astype(str) if model.has_rt_info('vrwkv') else '{}'
+    facts = model.get_rt_info('vrwkv').astype(str) if model.has_rt_info('vrwkv') else 'null'
     # Some processors would compute in bfloat16.
     compiled = core.compile_model(model, 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
     return lambda images: [y.copy() for y in compiled(images).values()], json.loads(facts)

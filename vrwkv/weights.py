@@ -281,7 +281,7 @@ def fit_pos_embed(module: nn.Module, state_dict: dict[str, Tensor], prefix: str 
             f'be a grid of {source[0]} x {source[1]}; this model has {target[0]} x {target[1]}. '
             f'If that is wrong, add the grid to the state dict, for example '
             f'{prefix + GRID_KEY!r}: torch.tensor({list(target)})',
-            stacklevel=3,
+            stacklevel=1,  # the caller is PyTorch's
         )
     if math.prod(source) != tokens:
         raise CheckpointError(
@@ -326,7 +326,7 @@ def fit_channels(module: nn.Module, state_dict: dict[str, Tensor], prefix: str =
             warnings.warn(
                 f'{prefix + name} is for images with 3 channels and is adapted to {channels}: '
                 'train the model before you use it',
-                stacklevel=4,
+                stacklevel=1,  # the caller is PyTorch's
             )
 
 

@@ -25,6 +25,7 @@ from timm.models._manipulate import adapt_input_conv
 
 import vrwkv
 import vrwkv_cls  # noqa: F401
+from vrwkv.engine.cache import fetch
 from vrwkv.engine.download import DownloadError
 from vrwkv.variants import SHORT_NAMES, VARIANTS
 from vrwkv.weights import CheckpointError, adapt_channels
@@ -294,6 +295,17 @@ def test_released_file_from_a_mirror(with_hub, source, hub, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize('with_hub', [True, False])
+def test_file_of_the_hub_with_escaped_characters(with_hub, hub, monkeypatch):
+    if not with_hub:
+        without_huggingface_hub(monkeypatch)
+    path = hub[0] / 'owner/name/resolve/main/my model+.pth'
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b'weights')
+    url = f'{os.environ["HF_ENDPOINT"]}/owner/name/resolve/main/my%20model%2B.pth'
+    assert fetch(url).read_bytes() == b'weights'
+
+
+@pytest.mark.parametrize('with_hub', [True, False])
 def test_repository_of_the_hub(with_hub, source, hub, monkeypatch):
     if not with_hub:
         without_huggingface_hub(monkeypatch)
@@ -355,8 +367,31 @@ def test_saved_folder(source, tmp_path):
     assert torch.equal(model(images()), source(images()))
     again = create(pretrained=tmp_path, num_classes=4)
     assert torch.equal(again(images()), source(images()))
+    # As huggingface_hub before 1.0 calls it.
+    old = dict(model_id=str(tmp_path), proxies=None, resume_download=None)
+    again = vrwkv.VisionRWKV._from_pretrained(**old, **config)
+    assert torch.equal(again(images()), source(images()))
     with pytest.warns(UserWarning, match='4 classes and the model has 2'):
         vrwkv.VisionRWKV.from_pretrained(tmp_path, num_classes=2)
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        lambda model: model.reset_classifier(3),
+        lambda model: model.prune_intermediate_layers([0]),
+        lambda model: model.prune_intermediate_layers([0], prune_norm=True, prune_head=False),
+    ],
+)
+@pytest.mark.parametrize('num_classes', [0, 5])
+def test_changed_model_is_saved_as_it_is(num_classes, change, tmp_path):
+    model = randomise(create('vrwkv-large', num_classes=num_classes)).eval()
+    change(model)
+    model.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        again = vrwkv.VisionRWKV.from_pretrained(tmp_path)
+    assert torch.equal(again(images()), model(images()))
 
 
 def test_grid_that_is_not_square_is_saved(tmp_path):

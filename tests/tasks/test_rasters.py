@@ -196,7 +196,7 @@ def checkpoint(repository, tmp_path_factory):
     model = load_model(cfg)
     torch.nn.init.normal_(model.decode_head.conv_seg.weight)
     palette = [[20 * index, 0, 255] for index in range(len(CLASSES))]
-    meta = dict(dataset_meta=dict(classes=CLASSES, palette=palette))
+    meta = dict(CLASSES=CLASSES, PALETTE=palette)  # as OpenMMLab 1.x
     path = tmp_path_factory.mktemp('map') / 'weights.pth'
     torch.save(dict(state_dict=model.state_dict(), meta=meta), path)
     return path
@@ -247,9 +247,28 @@ def blended(tool, repository, checkpoint, raster, step=64, overlap=32):
     return total / weights
 
 
+def test_values_of_more_bits_than_the_pipeline_loads(
+    tool, repository, checkpoint, raster, tmp_path
+):
+    """Mmcv would scale them to 8 bits in training, unless it is told not to."""
+    for color_type, is_refused in (('color', True), ('unchanged', False)):
+        config = tmp_path / f'{color_type}.py'
+        config.write_text(f"""
+_base_ = [{str(repository / CONFIG)!r}]
+test_pipeline = [dict(type='LoadImageFromFile', color_type={color_type!r})]
+""")
+        predictor = tool.Predictor(str(config), str(checkpoint), 'cpu')
+        with rasterio.open(raster) as opened:
+            if not is_refused:
+                tool.require_fit(predictor, opened)
+                continue
+            with pytest.raises(ValueError, match='has values of uint16, but the test_pipeline'):
+                tool.require_fit(predictor, opened)
+
+
 def test_map_equals_blended_windows(tool, repository, checkpoint, raster, monkeypatch, capfd):
     """Killed after three windows; then the same command goes on."""
-    probabilities = raster.with_name('p.tif')
+    probabilities = raster.with_name('new') / 'p.tif'
     argv = arguments(repository, checkpoint, raster, '--probabilities', probabilities)
     predict, calls = tool.predict_window, []
 

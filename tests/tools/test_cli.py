@@ -1,9 +1,12 @@
 """The options of tools/train.py and tools/test.py."""
 
 import json
+import logging
 import os
 import pickle
 import re
+import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,9 +16,12 @@ import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from PIL import Image
+from torch import nn
 
 from vrwkv.engine import LabelMapsHook, PicturesHook, VRWKVRunner, cli, patches
 from vrwkv.engine.outputs import OutputNames
+from vrwkv.engine.screen import QuietScreen
+from vrwkv.weights import fit_channels
 
 
 class Built(Exception):  # noqa: N818
@@ -155,6 +161,7 @@ def test_loaders_without_workers(toy_config, final_config):
         '1,2.5,x': [1, 2.5, 'x'],
         '[(1,2),(a,True)]': [(1, 2), ('a', True)],
         'data/dict(1)': 'data/dict(1)',
+        '/my runs/x.pth': '/my runs/x.pth',
     }.items(),
 )  # fmt: skip
 def test_config_options(text, value, toy_config, final_config):
@@ -249,6 +256,13 @@ def test_out_must_be_a_pickle(toy_config, weights):
         ValueError, match=r"--out 'p\.json' must end in \.pkl .* --out-item metrics"
     ):
         cli.test([str(toy_config()), str(weights), '--out', 'p.json'])
+
+
+def test_metrics_need_a_known_format(toy_config, weights):
+    """Said before the evaluation."""
+    options = ['--out', 'm.txt', '--out-item', 'metrics']
+    with pytest.raises(ValueError, match=r"--out 'm\.txt' must end in \.json, \.yaml or \.pkl"):
+        cli.test([str(toy_config()), str(weights), *options])
 
 
 def test_out_folder_of_mmseg():
@@ -477,6 +491,22 @@ def test_quiet_screen(toy_config, run, tmp_path):
     hidden = 'Config:', 'Hooks will be', 'UserWarning: old', 'a print', 'this is deprecated'
     for text in (*lines[3:], *hidden, 'mind this'):
         assert text in written
+
+
+def test_our_own_warnings_are_shown(capsys):
+    """They are about the user's weights or speed."""
+    handler = logging.StreamHandler(sys.stdout)
+    logger = logging.Logger('quiet')
+    logger.addHandler(handler)
+    model = nn.Module()
+    model.patch_embed = nn.ModuleDict(dict(projection=nn.Conv2d(5, 2, 4)))
+    with QuietScreen():
+        fit_channels(model, {'patch_embed.projection.weight': torch.ones(2, 3, 4, 4)})
+        QuietScreen.attach(logger)
+        fit_channels(model, {'patch_embed.projection.weight': torch.ones(2, 3, 4, 4)}, '')
+        warnings.warn('old', stacklevel=1)
+    (line,) = {*capsys.readouterr().out.splitlines()}
+    assert re.fullmatch(r'WARNING: patch_embed.* is adapted to 5: train the model before .*', line)
 
 
 def test_verbose(toy_config, capsys, tmp_path):

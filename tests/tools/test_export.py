@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch.utils import cpp_extension
 
-from vrwkv import export
+from vrwkv import create_model, export
 from vrwkv.backbones import VRWKV, ViT
 from vrwkv.exported import load_exported
 
@@ -80,6 +80,27 @@ def test_one_file_serves_all_sizes(suffix, shape, golden, files):
         assert np.abs(a - b.numpy()).max() <= 1e-5 * b.abs().max().item()
 
 
+@pytest.mark.parametrize('suffix', ROUTES)
+def test_wrong_suffix_is_refused_first(suffix):
+    """Before the model is built."""
+    with pytest.raises(ValueError, match=rf'must end in \{suffix}, got model\.bin'):
+        ROUTES[suffix](None, 'model.bin')
+
+
+def test_foreign_file(files, tmp_path):
+    model = onnx.load(files['.onnx'].path)
+    del model.metadata_props[:]
+    onnx.save(model, tmp_path / 'model.onnx')
+    with pytest.raises(ValueError, match=r'model\.onnx was not written by vrwkv\.export'):
+        load_exported(tmp_path / 'model.onnx')
+
+
+def test_classifier_in_plain_pytorch():
+    model = create_model('vrwkv-tiny', embed_dims=16, depth=1, img_size=32, num_classes=3)
+    result = export.export_program(model.eval())
+    assert result.metadata['task'] == 'classification' and max(result.errors.values()) < 1e-5
+
+
 def test_onnx_has_standard_operators_and_metadata(files):
     model = onnx.load(files['.onnx'].path)
     onnx.checker.check_model(model, full_check=True)
@@ -110,6 +131,20 @@ def test_form_is_read_from_the_decays(decay, form):
     assert max(result.errors.values()) < 1e-5
 
 
+def test_dynamic_form_holds_for_small_images():
+    model = with_decay(80)
+    with pytest.warns(UserWarning, match='taking the chunked form'):
+        result = export.export_program(model, size=64, dynamic=True)
+    for side in (24, 32, 96):
+        images = torch.randn(1, 3, side, side)
+        with torch.no_grad():
+            (expected,) = model(images)
+        (found,) = result.program.module()(images)
+        assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    with pytest.raises(ValueError, match='for 4 tokens: export for one size'):
+        export.export_program(with_decay(1200), size=64, dynamic=True)
+
+
 def test_causal_models_take_chunks():
     result = export.export_program(with_decay(5, causal=True), size=(64, 40))
     assert result.form == 'chunked'
@@ -123,7 +158,6 @@ def test_causal_models_take_chunks():
         (dict(form='scan'), 'form must be one of auto, cumsum'),
         (dict(opset=11), 'opset must be at least 18'),
         (dict(form='operators'), 'ONNX does not have the operators of vrwkv_ops'),
-        (dict(out='model.bin'), r'must end in \.onnx, got .*model\.bin'),
         (dict(normalize=True), 'this model has none'),
         (dict(weights='a.pth'), 'weights belong to a config'),
     ],

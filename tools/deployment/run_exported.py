@@ -1,6 +1,7 @@
 """Run an exported model on an image, and draw the answer.
 
-It needs no code of the model: numpy, Pillow, matplotlib and the file's runtime.
+It does not build the model. It needs this project with torch and mmengine, Pillow, matplotlib and
+the file's runtime.
 """
 
 from __future__ import annotations

@@ -30,7 +30,8 @@ def take_weights(checkpoint: Mapping, ema: bool) -> dict[str, Tensor]:
     """Return a checkpoint's weights under this project's names."""
     if ema and 'model_ema' not in checkpoint:
         raise CheckpointError(
-            f"--ema: the checkpoint has no 'model_ema', only {', '.join(map(str, checkpoint))}"
+            "--ema: the checkpoint does not have weights and a moving average ('model_ema') beside "
+            'them: leave out --ema'
         )
     weights = checkpoint['model_ema' if ema else 'state_dict']
     weights = {name.removeprefix('module.'): value for name, value in weights.items()}

@@ -17,6 +17,7 @@ from torch import nn
 
 import vrwkv.engine  # noqa: F401 (safe checkpoint loading)
 from vrwkv.mmcv_ops import serve_mmcv_ops
+from vrwkv.weights import dataset_meta
 
 
 def read_config(name: str) -> Config:
@@ -103,7 +104,7 @@ def load_model(cfg: Config, checkpoint: str | None = None) -> nn.Module:
         loaded = load_checkpoint(
             model, str(checkpoint), map_location='cpu', strict=True, logger='silent'
         )
-        model.dataset_meta = loaded.get('meta', {}).get('dataset_meta')
+        model.dataset_meta = dataset_meta(loaded)
         return model
     for module in model.modules():
         init_cfg = getattr(module, 'init_cfg', None)

@@ -15,7 +15,7 @@ _MODULES = {
     'AdapterMixin': 'vrwkv_adapter',
     'VRWKV6Adapter': 'vrwkv_adapter',
     'VRWKVAdapter': 'vrwkv_adapter',
-    'ViTAdapter': 'vit_adapter',
+    'ViTAdapter': 'vrwkv_adapter',
 }
 
 

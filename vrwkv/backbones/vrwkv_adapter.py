@@ -20,7 +20,7 @@ from ..layers.adapter import (
     init_adapter_weights,
 )
 from ..weights import require_whole
-from ._openmmlab import VRWKV, VRWKV6
+from ._openmmlab import VRWKV, VRWKV6, ViT
 
 with explain_missing('the adapter', extra='detection', brings=('mmcv',)):
     from mmcv.cnn import build_norm_layer
@@ -261,6 +261,14 @@ class VRWKV6Adapter(AdapterMixin, VRWKV6):
     Ours: upstream has VRWKV6 for classification only, and no such weights. It takes the arguments
     of :class:`AdapterMixin` and of :class:`~vrwkv.backbones.VRWKV6` as :class:`VRWKVAdapter` does,
     and loads the weights of a classifier's VRWKV6.
+    """
+
+
+class ViTAdapter(AdapterMixin, ViT):
+    """A plain ViT with a ViT-Adapter, the baseline of the paper's tables 3 and 4.
+
+    It takes the arguments of :class:`AdapterMixin` and of :class:`~vrwkv.backbones.ViT`, all by
+    name, but not ``final_norm``, and returns maps at strides 4, 8, 16 and 32.
     """
 
 

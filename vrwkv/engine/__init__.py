@@ -1,8 +1,8 @@
 """Training and loading for every task, on mmengine.
 
-Importing it makes mmengine load checkpoints safely, find packages and skip byte order marks; see
-:mod:`.patches`. Without mmengine there are only the modules ``cache``, ``download`` and
-``model_index``.
+Importing it makes mmengine load checkpoints safely, find packages, prepare configs once and skip
+byte order marks; see :mod:`.patches`. Without mmengine there are only the modules ``cache``,
+``download`` and ``model_index``.
 """
 
 from ..checkpoint import CheckpointError, read_checkpoint

@@ -73,7 +73,9 @@ def _fetch_from_hub(endpoint: str, repository: str, revision: str, file: str) ->
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
-        path = hf_hub_download(repository, file, revision=unquote(revision), endpoint=endpoint)
+        path = hf_hub_download(
+            repository, unquote(file), revision=unquote(revision), endpoint=endpoint
+        )
     except LocalEntryNotFoundError as error:
         host = urlparse(endpoint).hostname
         raise DownloadError(f'there is no connection to {host}') from error

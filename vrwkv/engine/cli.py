@@ -37,6 +37,10 @@ class ConfigOption(DictAction):
                 return ast.literal_eval(_Dicts().visit(tree))
         except (SyntaxError, ValueError):
             pass  # a string without quotes
+        text = val.strip(' \'"')
+        if ',' not in text and not text.startswith(('(', '[')):
+            # mmengine would remove the spaces of a path, too.
+            return DictAction._parse_int_float_bool(text)
         return DictAction._parse_iterable(val)
 
     def __call__(
@@ -181,6 +185,8 @@ def _test(args: argparse.Namespace) -> None:
     writer = None
     if args.out and args.out_item == 'pred':
         writer = _prediction_writer(cfg, args.out)
+    elif args.out and not args.out.endswith(('.json', '.yaml', '.yml', '.pkl', '.pickle')):
+        raise ValueError(f"--out '{args.out}' must end in .json, .yaml or .pkl for metrics.")
     runner = build_runner(cfg)
     if isinstance(writer, Hook):
         runner.register_hook(writer)

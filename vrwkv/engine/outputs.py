@@ -78,8 +78,7 @@ class PicturesHook(_OutputHook):
 
     Args:
         hook: Config of the library's hook.
-        out_dir: Folder for the pictures. As in mmdet, a detector has relative folders below the
-            time stamp's folder in ``work_dir``.
+        out_dir: Folder for the pictures.
         interval: Draw each n-th sample.
     """
 
@@ -100,8 +99,6 @@ class PicturesHook(_OutputHook):
             outputs: Its data samples with predictions.
         """
         folder = Path(self.out_dir)
-        if hasattr(self.hook, 'test_out_dir'):
-            folder = Path(runner.work_dir, runner.timestamp, folder)
         for index, sample in enumerate(outputs):
             name = self._next_name(sample)
             if self._number % self.interval == 0:

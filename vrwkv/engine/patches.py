@@ -1,8 +1,8 @@
 """Every function of mmengine, mmpretrain, mmdet and mmseg that this project replaces.
 
 Each function here makes one replacement, when it is called for the first time. The task packages
-call those that they need in their ``__init__``; :mod:`vrwkv.engine` calls the first two, which
-tools need before they read a config.
+call those that they need in their ``__init__``; :mod:`vrwkv.engine` calls those that tools need
+before they read a config.
 """
 
 from __future__ import annotations
@@ -184,9 +184,16 @@ def skip_byte_order_marks() -> None:
     import mmengine.config.config as config
     import mmengine.fileio.backends.local_backend as local_backend
 
-    from .text import skip_byte_order_marks
+    local_backend.open = config.open = open_without_mark
 
-    skip_byte_order_marks(local_backend, config)
+
+def open_without_mark(
+    file: str, mode: str = 'r', *args, encoding: str | None = None, **kwargs
+) -> io.TextIOBase:
+    """Open a file as :func:`open` does; text is read as UTF-8 without a byte order mark."""
+    if 'b' not in mode and 'r' in mode and encoding in (None, 'utf-8'):
+        encoding = 'utf-8-sig'
+    return open(file, mode, *args, encoding=encoding, **kwargs)
 
 
 @cache
@@ -368,9 +375,7 @@ def skip_byte_order_marks_in_coco() -> None:
     """
     import pycocotools.coco
 
-    from .text import skip_byte_order_marks
-
-    skip_byte_order_marks(pycocotools.coco)
+    pycocotools.coco.open = open_without_mark
 
 
 @cache

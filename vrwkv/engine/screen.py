@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import re
 import warnings
 from contextlib import AbstractContextManager, ExitStack, redirect_stdout
 from pathlib import Path
+
+import vrwkv
+import vrwkv_ops
 
 #: Lines of the libraries that are shown: progress, results, checkpoints.
 _SHOWN = re.compile(
@@ -20,13 +24,14 @@ _NOISE = re.compile(
     r'|has no metainfo|init_weights|(save|resume)_param_scheduler|Resumed iteration number is'
 )
 _HERE = str(Path(__file__).parent)
+_OURS = tuple(str(Path(package.__file__).parent) + os.sep for package in (vrwkv, vrwkv_ops))
 
 
 class QuietScreen(AbstractContextManager):
     """Keep everything but progress, results, warnings and errors off the screen.
 
-    While it is open, loggers that :meth:`attach` gets show little, and Python's warnings and
-    printed text go to the log file. Errors are always shown.
+    While it is open, loggers that :meth:`attach` gets show little, and printed text and Python's
+    warnings of other packages go to the log file. Errors are always shown.
 
     Args:
         verbose: Change nothing.
@@ -37,7 +42,7 @@ class QuietScreen(AbstractContextManager):
     def __init__(self, verbose: bool = False) -> None:
         self.verbose = verbose
         self._logger: logging.Logger | None = None
-        self._pending: list[str] = []
+        self._pending: list[tuple] = []
 
     def __enter__(self) -> QuietScreen:
         self._stack = ExitStack()
@@ -66,16 +71,19 @@ class QuietScreen(AbstractContextManager):
             screen._logger = logger
             screen._stack.enter_context(redirect_stdout(_Printed(screen)))
             while screen._pending:
-                screen._log(screen._pending.pop(0))
+                screen._log(*screen._pending.pop(0))
 
-    def _log(self, text: str) -> None:
+    def _log(self, text: str, level: int = logging.INFO, only_file: bool = True) -> None:
         if self._logger is None:
-            self._pending.append(text)
+            self._pending.append((text, level, only_file))
         else:
-            self._logger.info(text, extra=dict(only_file=True))
+            self._logger.log(level, text, extra=dict(only_file=only_file))
 
     def _warn(self, message, category, filename, lineno, file=None, line=None) -> None:
-        self._log(f'{filename}:{lineno}: {category.__name__}: {message}')
+        if filename.startswith(_OURS):
+            self._log(str(message), logging.WARNING, only_file=False)
+        else:
+            self._log(f'{filename}:{lineno}: {category.__name__}: {message}')
 
 
 class _Printed(io.TextIOBase):
