@@ -1,5 +1,6 @@
 _base_ = [
     '../_base_/models/mask-rcnn_adapter_fpn.py',
+    '../_base_/models/vrwkv_adapter/nano.py',
     '../_base_/datasets/digit_scenes_coco.py',
     '../_base_/schedules/coco_1x_adamw_layer-decay.py',
     '../_base_/default_runtime_det.py',
@@ -9,21 +10,11 @@ _base_ = [
 norm_cfg = dict(type='BN')  # SyncBN needs a GPU in each process where there are several
 model = dict(
     backbone=dict(
-        type='VRWKVAdapter',
+        _base_.pop('backbone'),
         img_size=128,
-        patch_size=16,
         embed_dims=48,
-        depth=4,
-        init_values=1.0,
-        drop_path_rate=0.0,
-        conv_inplane=32,
-        n_points=4,
         deform_num_heads=6,
-        deform_ratio=1.0,
-        cffn_ratio=0.25,
-        interaction_indexes=[[0, 0], [1, 1], [2, 2], [3, 3]],
         norm_cfg=norm_cfg,
-        init_cfg=None,
     ),
     neck=dict(in_channels=[48, 48, 48, 48], out_channels=64, norm_cfg=norm_cfg),
     rpn_head=dict(

@@ -1,5 +1,6 @@
 _base_ = [
     '../_base_/models/upernet_adapter.py',
+    '../_base_/models/vrwkv_adapter/nano.py',
     '../_base_/datasets/digit_scenes_ade20k.py',
     '../_base_/schedules/schedule_160k_adamw_layer-decay.py',
     '../_base_/default_runtime_seg.py',
@@ -11,21 +12,11 @@ class_weight = [0.2] + [1.0] * 10  # most pixels are background, and soon easy
 model = dict(
     data_preprocessor=dict(size=(96, 96)),
     backbone=dict(
-        type='VRWKVAdapter',
+        _base_.pop('backbone'),
         img_size=96,
-        patch_size=16,
         embed_dims=48,
-        depth=4,
-        init_values=1.0,
-        drop_path_rate=0.0,
-        conv_inplane=32,
-        n_points=4,
         deform_num_heads=6,
-        deform_ratio=1.0,
-        cffn_ratio=0.25,
-        interaction_indexes=[[0, 0], [1, 1], [2, 2], [3, 3]],
         norm_cfg=norm_cfg,
-        init_cfg=None,
     ),
     decode_head=dict(
         in_channels=[48, 48, 48, 48],

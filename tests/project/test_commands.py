@@ -15,10 +15,16 @@ import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.logging import MMLogger
+from mmengine.registry import DefaultScope
+from mmseg.registry import DATASETS, MODELS
+from PIL import Image
 
+import vrwkv_seg  # noqa: F401
 from vrwkv.engine import VRWKVRunner, cli, model_index
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -215,3 +221,45 @@ def test_python_of_the_ecosystem_page():
     assert names['y'].shape == (2, 54, 32)
     assert torch.equal(names['rows'](names['columns'](names['k'])), names['k'])
     assert torch.equal(names['columns'](names['k'])[:, 1], names['k'][:, 9])
+
+
+@pytest.mark.parametrize('page', ['detection/README.md', 'segmentation/README.md'])
+def test_imports_of_a_page(page):
+    """Their order matters without compiled mmcv."""
+    blocks = '\n'.join(fenced((ROOT / page).read_text(), 'python'))
+    imports = re.findall(r'^(?:import|from) .*', blocks, re.M)
+    assert len(imports) == 2
+    subprocess.run([sys.executable, '-c', '\n'.join(imports)], check=True, cwd=ROOT)
+
+
+def config_of_a_page(page, text, folder):
+    """Write the Python block of a page that has some text to a file, and load it."""
+    (block,) = (b for b in fenced((ROOT / page).read_text(), 'python') if text in b)
+    path = folder / 'of_a_page.py'
+    path.write_text(block)
+    return Config.fromfile(path)
+
+
+@pytest.mark.parametrize(('zero', 'expected'), [(False, {0, 1, 2}), (True, {0, 1, 255})])
+def test_label_maps_of_the_page_on_own_images(zero, expected, checkout, monkeypatch):
+    """The config as it is, and with the line that it comments out."""
+    monkeypatch.chdir(checkout)
+    arrays = dict(images=np.zeros((64, 64, 3)), labels=np.arange(64 * 64).reshape(64, 64) // 8 % 3)
+    for kind, values in arrays.items():
+        folder = Path('data/my_images', kind, 'train')
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(values.astype(np.uint8)).save(folder / 'a.png')
+    cfg = config_of_a_page('docs/own_images.md', "type='CheckedSegDataset'", checkout)
+    if zero:
+        cfg.train_dataloader.dataset.reduce_zero_label = True
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        sample = DATASETS.build(cfg.train_dataloader.dataset)[0]['data_samples']
+    assert set(sample.gt_sem_seg.data.unique().tolist()) == expected
+
+
+def test_config_of_mmseg_on_the_page_of_segmentation(tmp_path):
+    cfg = config_of_a_page('segmentation/README.md', 'mmseg::', tmp_path)
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        model = MODELS.build(cfg.model).eval()
+    with torch.no_grad():
+        assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 19, 16, 16)

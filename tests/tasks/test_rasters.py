@@ -2,6 +2,8 @@
 
 import errno
 import itertools
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -121,7 +123,7 @@ def test_statistics_equal_numpys(tmp_path, load_script, monkeypatch):
     paths = [write(tmp_path / f'{n}.tif', x, nodata=0) for n, x in enumerate(images)]
     tool.main([*map(str, paths), '--bands', '3', '2', '--out', str(tmp_path / 'out.py')])
     pixels = np.concatenate([x[[2, 1]][:, (x[1] != 0)] for x in images], axis=1)
-    model = Config.fromfile(tmp_path / 'out.py').model
+    model = Config.fromfile(tmp_path / 'out.py').bands
     # Written with six digits.
     np.testing.assert_allclose(model.data_preprocessor['mean'], pixels.mean(1), rtol=1e-5)
     np.testing.assert_allclose(model.data_preprocessor['std'], pixels.std(1), rtol=1e-5)
@@ -168,8 +170,8 @@ def test_tutorial(load_script, repository, tmp_path):
     data = dict(num_workers=0, persistent_workers=False, dataset=dict(data_root=str(root)))
     config = tmp_path / 'short.py'
     config.write_text(f"""
-_base_ = [{str(repository / CONFIG)!r}]
-model = {Config.fromfile(bands).model.to_dict()!r}
+_base_ = [{str(repository / CONFIG)!r}, {str(bands)!r}]
+model = _base_.pop('bands')
 train_dataloader = dict(batch_size=2, **{data!r})
 val_dataloader = test_dataloader = {data!r}
 param_scheduler = []
@@ -183,6 +185,29 @@ train_cfg = dict(max_iters=2, val_interval=2)
         assert (found.crs, found.transform) == (large.crs, large.transform)
         assert found.colormap(1)[1][:3] != (0, 0, 0) and found.tags()['class_0'] == 'background'
         np.testing.assert_array_equal(found.read(1) == 255, (large.read() == 0).any(0))
+
+
+def test_config_of_the_page(load_script, repository, tmp_path, monkeypatch):
+    """It takes what band_statistics.py writes, and ignores pixels without data."""
+    page = (repository / 'docs/rasters.md').read_text()
+    monkeypatch.chdir(tmp_path)
+    Path('configs').symlink_to(repository / 'configs')
+    Path('my_rasters.py').write_text(re.search(r'```python\n(.*?)```', page, re.S)[1])
+    values = np.random.default_rng(0).integers(1, 999, (4, 64, 64)).astype('uint16')
+    values[:, :8] = 0
+    for kind, content in (('images', values), ('labels', values[:1] % 3)):
+        folder = Path('data/my_rasters', kind, 'train')
+        folder.mkdir(parents=True)
+        write(folder / 'a.tif', content.astype('uint16'), nodata=0 if kind == 'images' else None)
+    statistics = load_script('tools/analysis_tools/band_statistics.py').main
+    statistics(['data/my_rasters/images/train/a.tif', '--out', 'my_bands.py'])
+    cfg = Config.fromfile('my_rasters.py')
+    assert cfg.model.backbone.in_channels == len(cfg.model.data_preprocessor.mean) == 4
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        sample = DATASETS.build(cfg.train_dataloader.dataset)[0]
+    assert sample['inputs'].shape == (4, 64, 64)
+    ignored = sample['data_samples'].gt_sem_seg.data[0] == 255
+    assert ignored.sum() == 8 * 64 and torch.equal(ignored, (sample['inputs'] == 0).all(0))
 
 
 # --- maps ---------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Compute mean and standard deviation of each band of rasters, and write them to a config.
 
 Rasters are read in windows; pixels with the nodata value do not count. Put the config among the
-_base_ of yours:
+_base_ of yours, and its settings into the model: model = dict(_base_.pop('bands'), ...).
 
   python tools/analysis_tools/band_statistics.py data/train/*.tif --out configs/my_bands.py
 """
@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
     deviation = [float(f'{v:.6g}') for v in np.sqrt(statistics.squares / statistics.count)]
     text = (
         f'# Statistics of {statistics.count} pixels; bands: {args.bands or "all"}.\n'
-        f'model = dict(\n'
+        f'bands = dict(\n'
         f'    data_preprocessor=dict(mean={mean}, std={deviation}, bgr_to_rgb=False),\n'
         f'    backbone=dict(in_channels={len(mean)}),\n'
         f')\n'

@@ -111,7 +111,7 @@ def plan(env: Mapping[str, str], machine: Machine) -> dict[str, Part]:
 def _cpu_problem(machine: Machine) -> str:
     """Return why the CPU kernels cannot be compiled and what to type; '' if they can."""
     pip = _pip()
-    without = f'VRWKV_OPS_SKIP_BUILD=1 {pip} install ./vrwkv_ops (35 times slower)'
+    without = f'VRWKV_OPS_SKIP_BUILD=1 {pip} install ./vrwkv_ops (much slower)'
     if machine.platform_problem:
         return f'vrwkv_ops: {machine.platform_problem}. Install without kernels: {without}'
     if machine.torch is None:

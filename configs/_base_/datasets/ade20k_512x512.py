@@ -1,5 +1,15 @@
 _base_ = ['mmseg::_base_/datasets/ade20k.py']
 
+# Other data sets inherit this, so the data set says whether 0 means unlabelled, not the pipeline.
+train_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations'),
+    dict(type='RandomResize', scale=(2048, 512), ratio_range=(0.5, 2.0), keep_ratio=True),
+    dict(type='RandomCrop', crop_size=(512, 512), cat_max_ratio=0.75),
+    dict(type='RandomFlip', prob=0.5),
+    dict(type='PhotoMetricDistortion'),
+    dict(type='PackSegInputs'),
+]
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=(2048, 512), keep_ratio=True),
@@ -32,6 +42,8 @@ tta_pipeline = [
 ]
 
 # mmseg's data set with checks of images and label maps.
-train_dataloader = dict(batch_size=2, dataset=dict(type='CheckedADE20KDataset'))
+train_dataloader = dict(
+    batch_size=2, dataset=dict(type='CheckedADE20KDataset', pipeline=train_pipeline)
+)
 val_dataloader = dict(dataset=dict(type='CheckedADE20KDataset', pipeline=test_pipeline))
 test_dataloader = val_dataloader

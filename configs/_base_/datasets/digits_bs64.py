@@ -1,4 +1,4 @@
-# The handwritten digits of scikit-learn; demo/make_digits.py writes the folder.
+# The handwritten digits of scikit-learn; demo/digits_demo.py writes the folder.
 dataset_type = 'CustomDataset'
 data_root = 'data/digits'
 data_preprocessor = dict(
