@@ -110,14 +110,11 @@ class Check:
         if self.device == 'cuda':
             import torch
 
-            devices = range(torch.cuda.device_count())
-            archs = {'{}.{}'.format(*torch.cuda.get_device_capability(i)) for i in devices}
             # Headers that torch wants (cusparse.h) come with its wheels where there is only nvcc.
             packages = Path(torch.__file__).parents[1]
             headers = [*glob.glob(f'{packages}/nvidia/*/include'), os.environ.get('CPATH', '')]
             options = {
                 'FORCE_CUDA': '1',
-                'TORCH_CUDA_ARCH_LIST': ';'.join(sorted(archs)),
                 'CPATH': os.pathsep.join(headers),
             }
         site, source = self.folder / 'site', self.folder / 'source'

@@ -42,11 +42,11 @@ NO_GPU = replace(GPU_MACHINE, gpu_archs=())
 @pytest.mark.parametrize(
     ('env', 'machine', 'archs'),
     [
-        ({}, GPU_MACHINE, '9.0'),
-        ({}, replace(GPU_MACHINE, gpu_archs=('8.0', '9.0')), '8.0;9.0'),
+        ({}, GPU_MACHINE, '9.0+PTX'),
+        ({}, replace(GPU_MACHINE, gpu_archs=('8.0', '9.0')), '8.0;9.0+PTX'),
         ({'TORCH_CUDA_ARCH_LIST': '8.6+PTX'}, GPU_MACHINE, '8.6+PTX'),
         ({'FORCE_CUDA': '1'}, NO_GPU, '8.0;9.0;12.0+PTX'),
-        ({'FORCE_CUDA': '1'}, GPU_MACHINE, '9.0'),
+        ({'FORCE_CUDA': '1'}, GPU_MACHINE, '9.0+PTX'),
         ({'FORCE_CUDA': '1', 'TORCH_CUDA_ARCH_LIST': '8.0'}, NO_GPU, '8.0'),
         ({'FORCE_CUDA': '1'}, replace(NO_GPU, nvcc_archs=('8.0', '9.0')), '8.0;9.0+PTX'),
         ({'FORCE_CUDA': '1'}, replace(NO_GPU, torch='2.4.1+cu124'), '8.0;9.0+PTX'),
@@ -66,6 +66,7 @@ def test_builds_cuda_for(env, machine, archs):
         ({'FORCE_CUDA': '0'}, NO_GPU, 'no GPU', 'FORCE_CUDA=1'),
         ({'TORCH_CUDA_ARCH_LIST': '8.0'}, NO_GPU, 'no GPU', 'FORCE_CUDA=1'),
         ({}, replace(GPU_MACHINE, cuda_home=None), 'no nvcc', 'CUDA toolkit 12.8'),
+        ({}, replace(GPU_MACHINE, nvcc_cuda='13.0'), 'nvcc is of CUDA 13.0', 'CUDA toolkit 12.8'),
         ({}, replace(GPU_MACHINE, torch_cuda=None), 'without CUDA', 'CUDA build of torch'),
         ({'VRWKV_OPS_SKIP_CUDA': '1'}, GPU_MACHINE, 'VRWKV_OPS_SKIP_CUDA', 'Unset'),
     ],

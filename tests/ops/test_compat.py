@@ -58,3 +58,11 @@ def test_wrong_calls():
         compat.RUN_CUDA(1, 40, 48, w, u, k, v)
     with pytest.raises(ValueError, match=r'5 heads must divide C = 48'):
         compat.RUN_CUDA_RWKV6(2, 40, 48, 5, k, k, v, v, u)
+    with pytest.raises(ValueError, match=r'0 heads must divide C = 48'):
+        compat.RUN_CUDA_RWKV6(2, 40, 48, 0, k, k, v, v, u)
+    with pytest.raises(ValueError, match="'w' must have the shape"):
+        compat.RUN_CUDA_RWKV6(2, 40, 48, 6, k, k, v, v[:, :5], u)
+    with pytest.raises(TypeError, match=r"'k' must be a torch\.Tensor, got NoneType"):
+        compat.RUN_CUDA(w, u, None, v)
+    with pytest.raises(TypeError, match=r"'u' must be a torch\.Tensor, got NoneType"):
+        compat.RUN_CUDA_RWKV6(2, 40, 48, 6, k, k, v, v, None)

@@ -1,5 +1,7 @@
 """The operators in PyTorch's own operators, against a dense float64 formula and our kernels."""
 
+import math
+
 import onnxruntime
 import pytest
 import torch
@@ -75,6 +77,18 @@ def test_forms_against_the_dense_formula(form, chunk, limit, causal):
                 assert error <= 1e-5, (tokens, decay, error)
 
 
+@pytest.mark.parametrize(
+    ('form', 'causal'), [('cumsum', False), ('blocked', False), ('chunked', False), ('auto', True)]
+)
+def test_a_key_of_minus_infinity_hides_its_token(form, causal):
+    """Whole chunks of them, too."""
+    inputs = problem(80, 5)
+    inputs[2][:, 40:] = -math.inf
+    found = export(BiWKV(causal), inputs, form=form, chunk=16).module()(*inputs)
+    expected = dense_bi_wkv(*inputs, causal=causal)
+    torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize('form', ['cumsum', 'blocked'])
 def test_one_frame_is_not_causal(form):
     with pytest.raises(ValueError, match="use form='chunked'"):
@@ -146,7 +160,8 @@ class Shifts(nn.Module):
 
 @pytest.mark.parametrize('mode', ['q_shift', 'single_shift', 'double_shift'])
 @pytest.mark.parametrize(
-    ('pixel', 'gamma', 'heads'), [(1, 1 / 4, 1), (2, 1 / 5, 1), (0, 1 / 4, 1), (1, 1 / 4, 3)]
+    ('pixel', 'gamma', 'heads'),
+    [(1, 1 / 4, 1), (2, 1 / 5, 1), (0, 1 / 4, 1), (9, 1 / 4, 1), (1, 1 / 4, 3)],
 )
 def test_shifts_equal_the_operators(mode, pixel, gamma, heads):
     torch.manual_seed(0)

@@ -65,6 +65,7 @@ class Machine:
     torch_cuda: str | None = None  # CUDA version that torch was built with
     cxx_problem: str = ''  # why no C++ compiler works
     cuda_home: str | None = None
+    nvcc_cuda: str | None = None
     nvcc_archs: tuple[str, ...] = ()  # architectures that nvcc can compile for
     gpu_archs: tuple[str, ...] = ()  # architectures of the visible GPUs
 
@@ -113,7 +114,10 @@ def _cpu_problem(machine: Machine) -> str:
     pip = _pip()
     without = f'VRWKV_OPS_SKIP_BUILD=1 {pip} install ./vrwkv_ops (much slower)'
     if machine.platform_problem:
-        return f'vrwkv_ops: {machine.platform_problem}. Install without kernels: {without}'
+        return (
+            f'vrwkv_ops: {machine.platform_problem}. To install without kernels, which is much '
+            'slower, set the environment variable VRWKV_OPS_SKIP_BUILD=1 and install again'
+        )
     if machine.torch is None:
         return (
             f'vrwkv_ops: this build does not find torch ({machine.torch_problem}), for which the '
@@ -150,6 +154,12 @@ def _plan_cuda(env: Mapping[str, str], machine: Machine, force: bool) -> Part:
             'no nvcc was found',
             f'Install CUDA toolkit {machine.torch_cuda} or point CUDA_HOME to it, then reinstall',
         )
+    if machine.nvcc_cuda and _release(machine.nvcc_cuda)[0] != _release(machine.torch_cuda)[0]:
+        return Part(
+            False,
+            f'nvcc is of CUDA {machine.nvcc_cuda}, and torch of {machine.torch_cuda}',
+            f'Install CUDA toolkit {machine.torch_cuda} or point CUDA_HOME to it, then reinstall',
+        )
     if not machine.gpu_archs and not force:
         return Part(
             False,
@@ -162,7 +172,7 @@ def _plan_cuda(env: Mapping[str, str], machine: Machine, force: bool) -> Part:
 def _default_archs(machine: Machine) -> str:
     """Return the visible GPUs; without any, common ones that nvcc and torch know."""
     if machine.gpu_archs:
-        return ';'.join(machine.gpu_archs)
+        return ';'.join(machine.gpu_archs) + '+PTX'
     # torch's own table of architectures has 12.0 from 2.7 on.
     new_torch = _release(machine.torch) >= (2, 7)
     archs = [
@@ -188,14 +198,18 @@ def inspect_machine() -> Machine:
         from torch.utils import cpp_extension
     except Exception as error:  # a broken torch may raise anything
         return Machine(torch_problem=f'{type(error).__name__}: {error}')
-    cuda_home, nvcc_archs = _find_cuda(cpp_extension)
+    cuda_home, nvcc_cuda, nvcc_archs = _find_cuda(cpp_extension)
     gpus = range(torch.cuda.device_count()) if torch.version.cuda else ()
-    capabilities = sorted({torch.cuda.get_device_capability(i) for i in gpus})
+    # torch does not know the number of a GPU that is newer than it: PTX for its newest serves it.
+    known = re.findall(r'sm_(\d+)', ' '.join(torch.cuda.get_arch_list()))
+    newest = max(((int(n[:-1]), int(n[-1])) for n in known), default=(99, 0))
+    capabilities = sorted({min(newest, torch.cuda.get_device_capability(i)) for i in gpus})
     return Machine(
         torch=torch.__version__,
         torch_cuda=torch.version.cuda,
         cxx_problem=_cxx_problem(_cxx()),
         cuda_home=cuda_home,
+        nvcc_cuda=nvcc_cuda,
         nvcc_archs=nvcc_archs,
         gpu_archs=tuple(f'{major}.{minor}' for major, minor in capabilities),
     )
@@ -235,11 +249,11 @@ def _cxx_problem(compiler: list[str]) -> str:
     return ''
 
 
-def _find_cuda(cpp_extension) -> tuple[str | None, tuple[str, ...]]:
-    """Return the CUDA toolkit that torch finds and the architectures that its nvcc knows."""
+def _find_cuda(cpp_extension) -> tuple[str | None, str | None, tuple[str, ...]]:
+    """Return the CUDA toolkit that torch finds, and its nvcc's version and architectures."""
     home = cpp_extension.CUDA_HOME
     if home is None or not Path(home, 'bin', 'nvcc').exists():
-        return None, ()
+        return None, None, ()
     nvcc = str(Path(home, 'bin', 'nvcc'))
     if not Path(home, 'include', 'cuda_runtime.h').exists():
         # A wrapper in some bin folder; nvcc itself tells where its toolkit is.
@@ -249,7 +263,8 @@ def _find_cuda(cpp_extension) -> tuple[str | None, tuple[str, ...]]:
         if top:
             home = cpp_extension.CUDA_HOME = os.path.realpath(top[1].strip())
     numbers = re.findall(r'compute_(\d+)', _output([nvcc, '--list-gpu-arch']))
-    return home, tuple(f'{number[:-1]}.{number[-1]}' for number in numbers)
+    version = re.search(r'release (\d+\.\d+)', _output([nvcc, '--version']))
+    return home, version and version[1], tuple(f'{n[:-1]}.{n[-1]}' for n in numbers)
 
 
 def _output(command: list[str]) -> str:
@@ -300,7 +315,8 @@ def compile_commands(parts: Mapping[str, Part], cuda_home: str | None, folder: P
         headers = _system_headers(cpp_extension.include_paths('cuda'))
         flags = [*common, *headers, '-DVRWKV_OPS_WITH_CUDA']
         nvcc = [str(Path(cuda_home, 'bin', 'nvcc')), '-O3', '-Xcompiler', '-fPIC']
-        nvcc += ['-ccbin', _cxx()[0]] if os.environ.get('CXX') else []
+        if os.environ.get('CXX'):  # the compiler, without ccache before it and flags behind it
+            nvcc += ['-ccbin', [word for word in _cxx() if not word.startswith('-')][-1]]
         nvcc += [*cpp_extension.COMMON_NVCC_FLAGS, *cpp_extension._get_cuda_arch_flags()]
         commands['cuda'] = [
             *(command([*nvcc, *flags], source) for source in sorted(CSRC.glob('*/cuda.cu'))),

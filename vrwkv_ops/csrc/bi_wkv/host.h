@@ -38,7 +38,8 @@ inline void check_wkv_saved(const at::Tensor& k, const at::Tensor& w, const at::
               gy.scalar_type());
   TORCH_CHECK(y.sizes() == k.sizes() && y.is_contiguous() && y.scalar_type() == k.scalar_type() && z.sizes() == k.sizes() &&
                   z.is_contiguous() && z.scalar_type() == w.scalar_type() && y_residual.numel() == (half ? k.numel() : 0) &&
-                  y_residual.is_contiguous() && y_residual.scalar_type() == k.scalar_type(),
+                  y_residual.is_contiguous() && y_residual.scalar_type() == k.scalar_type() && y.device() == k.device() &&
+                  z.device() == k.device() && y_residual.device() == k.device(),
               "bi_wkv_backward: expected y, y_residual and z as bi_wkv_forward(..., save=True) gave them");
 }
 

@@ -27,7 +27,7 @@ def RUN_CUDA(*args: Tensor | int) -> Tensor:  # noqa: N802
     if len(args) not in (4, 7):
         raise TypeError(f'RUN_CUDA takes (w, u, k, v) or (B, T, C, w, u, k, v), got {len(args)}')
     *sizes, w, u, k, v = args
-    _check_sizes('RUN_CUDA', sizes, 'k', k)
+    _check('RUN_CUDA', sizes, 'k', w=w, u=u, k=k, v=v)
     k, v = _one_dtype(k, v)
     return bi_wkv(w, u, k, v)
 
@@ -66,19 +66,23 @@ def RUN_CUDA_RWKV6(  # noqa: N802
         TypeError: If the type of an argument does not fit.
         ValueError: If a shape does not fit.
     """
-    _check_sizes('RUN_CUDA_RWKV6', (B, T, C), 'v', v)
-    if u.numel() != C or C % H:
+    _check('RUN_CUDA_RWKV6', (B, T, C), 'v', r=r, k=k, v=v, w=w, u=u)
+    if H < 1 or u.numel() != C or C % H:
         raise ValueError(
             f'RUN_CUDA_RWKV6: {H} heads must divide C = {C}, and u must have C values, got '
             f'{tuple(u.shape)}'
         )
     r, k, v = _one_dtype(r, k, v)
-    return bi_wkv6(r, k, v, w.view(v.shape), u.reshape(H, C // H))
+    return bi_wkv6(r, k, v, w, u.reshape(H, C // H))
 
 
-def _check_sizes(name: str, sizes: tuple | list, of: str, x: Tensor) -> None:
-    if sizes and tuple(sizes) != tuple(x.shape):
-        raise ValueError(f"{name}: B, T, C are {tuple(sizes)}, but '{of}' is {tuple(x.shape)}")
+def _check(name: str, sizes: tuple | list, of: str, **tensors: Tensor) -> None:
+    for key, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: '{key}' must be a torch.Tensor, got {type(x).__name__}")
+    shape = tuple(tensors[of].shape)
+    if sizes and tuple(sizes) != shape:
+        raise ValueError(f"{name}: B, T, C are {tuple(sizes)}, but '{of}' is {shape}")
 
 
 def _one_dtype(*tensors: Tensor) -> list[Tensor]:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vrwkv_ops.checks import accumulation_dtype, shift_bounds
+from vrwkv_ops.checks import MAX_KEY, accumulation_dtype, shift_bounds
 
 #: The forms of Bi-WKV that :func:`decompositions` accepts.
 FORMS = ('auto', 'cumsum', 'blocked', 'chunked')
@@ -88,7 +88,7 @@ def _bi_wkv(w, u, k, v, causal, save, *, form: str, chunk: int):
             "use form='chunked'"
         )
     dtype = k.dtype
-    k, v = k.to(w.dtype), v.to(w.dtype)
+    k, v = k.to(w.dtype).clamp(-MAX_KEY, MAX_KEY), v.to(w.dtype)
     if form == 'chunked' or causal:
         y = _chunked(w, u, k, v, causal, chunk)
     else:
@@ -261,8 +261,9 @@ def _shift(x: Tensor, height, width, pixel: int, gamma: float, mode: str, heads:
             continue
         axis, forward = (2, 1)[group // 2], group % 2 == 0
         if pixel:
-            part = part.narrow(axis, 0 if forward else pixel, part.shape[axis] - pixel)
+            size = part.shape[axis]
             part = F.pad(part, (0, 0) * (4 - axis) + ((pixel, 0) if forward else (0, pixel)))
+            part = part.narrow(axis, 0 if forward else pixel, size)
         parts.insert(0, part)
     return torch.cat(parts, -1).flatten(3).flatten(1, 2)
 

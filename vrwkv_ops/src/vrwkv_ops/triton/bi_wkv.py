@@ -20,6 +20,7 @@ from vrwkv_ops.triton.bi_wkv_state import (
     LN2,
     LOG2E,
     MAX_DECAY,
+    constant,
     decay_power,
     exp_scaled,
     join_grad,
@@ -127,7 +128,8 @@ def join_tiles(
     direction = tl.program_id(1).to(tl.int64) + FIRST_DIRECTION
     b, _, row, _, c, _ = locate(tiles, C, 1, BLOCK_N, BLOCK_C)
     w = tl.load(w_ptr + c, mask=c < C, other=0.0).to(tl.float64)
-    x = tl.minimum(tl.maximum(w, -MAX_DECAY), MAX_DECAY) * (LOG2E * BLOCK_T)  # a tile's decay
+    # A tile's decay.
+    x = tl.minimum(tl.maximum(w, -MAX_DECAY), MAX_DECAY) * constant(LOG2E * BLOCK_T, w)
     length = tl.where(w < 0, 0.0, 1.0 * BLOCK_T).to(tl.float64)  # steps that a tile counts
     zero = tl.zeros([1, BLOCK_C], tl.float64)
     last0, last1, last2, last3, last_p = zero, zero, zero, zero, zero + EMPTY
@@ -257,7 +259,7 @@ def wkv_outputs(
     if RESIDUAL:
         tl.store(residual_ptr + at, (y - rounded.to(ACC)).to(y_ptr.dtype.element_ty), mask=valid)
     if SAVE:
-        tl.store(z_ptr + at, tl.log(denominator) + exponent * LN2, mask=valid)
+        tl.store(z_ptr + at, tl.log(denominator) + exponent * constant(LN2, w), mask=valid)
 
 
 # --- Backward ---------------------------------------------------------------------------------

@@ -27,6 +27,12 @@ MAX_DECAY: tl.constexpr = tl.constexpr(1e6)
 
 
 @triton.jit
+def constant(value: tl.constexpr, like):
+    """Return a number in the dtype of a tensor: Triton below 3.2 rounds literals to float32."""
+    return tl.full([1, 1], value, like.dtype)
+
+
+@triton.jit
 def power_of_two(n):
     """Return 2^n for n <= 1, integral in float32; clamp n to the normal numbers."""
     if n.dtype == tl.float64:
@@ -40,9 +46,9 @@ def power_of_two(n):
 def exp_scaled(x, rest):
     """Return e^(x + rest), rest far smaller than x: a mantissa in [0.7, 1.42] and an exponent."""
     bounded = tl.minimum(tl.maximum(x, -MAX_KEY), MAX_KEY)
-    n = tl.floor((bounded + rest) * LOG2E + 0.5)
+    n = tl.floor((bounded + rest) * constant(LOG2E, x) + 0.5)
     # Far beyond |x| = 1e5 the remainder is wrong by more than 1: bounded, the result stays finite.
-    remainder = (bounded - n * LN2_HIGH) - n * LN2_LOW + rest
+    remainder = (bounded - n * LN2_HIGH) - n * constant(LN2_LOW, x) + rest
     mantissa = tl.exp(tl.minimum(tl.maximum(remainder, -0.5), 0.5))
     return tl.where(x == x, mantissa, x), n  # NaN stays NaN
 
