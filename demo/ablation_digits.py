@@ -7,7 +7,6 @@ checkpoint.
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -103,18 +102,7 @@ def fit(name: str, seed: int, work_dir: Path, options: dict, verbose: bool) -> f
     run = f'{name.lower().replace(" ", "-")}-seed{seed}'
     changes = settings(name) | {'randomness.seed': seed} | options
     config = write_config(CONFIG, work_dir / f'configs/{run}.py', changes)
-    checkpoint = train(config, work_dir / run, verbose)
-    accuracy = validated(work_dir / run)
-    return measure(config, checkpoint, verbose)['accuracy/top1'] if accuracy is None else accuracy
-
-
-def validated(work_dir: Path) -> float | None:
-    """Read the last accuracy of a training; None if it was killed before that."""
-    for log in sorted(work_dir.glob('2*/vis_data/scalars.json'), reverse=True):  # by date
-        for line in reversed(log.read_text().splitlines()):
-            if 'accuracy/top1' in (entry := json.loads(line)):
-                return entry['accuracy/top1']
-    return None
+    return measure(config, train(config, work_dir / run, verbose), verbose)['accuracy/top1']
 
 
 def rows(results: dict[str, list[float]]) -> list[tuple[str, ...]]:

@@ -449,22 +449,17 @@ def prepare(
     return Deployable(model, normalize)
 
 
-def _decays(deployable: Deployable) -> dict[str, float]:
-    """Return the largest total decay over an image of each layer with Bi-WKV."""
-    return {
-        name: module.spatial_decay.detach().abs().max().item()
-        for name, module in deployable.model.named_modules()
-        if hasattr(module, 'spatial_decay')
-    }
-
-
 def _choose_form(
     deployable: Deployable, form: str, shape: tuple[int, ...], dynamic: bool
 ) -> tuple[str, int]:
     """Return the form of Bi-WKV for the decays of the layers, and the tokens in a chunk."""
     if form not in (*FORMS, 'operators'):
         raise ValueError(f'form must be one of {", ".join(FORMS)} or operators, got {form!r}')
-    decays = _decays(deployable)
+    decays = {  # the largest total decay over an image, for each layer with Bi-WKV
+        name: module.spatial_decay.detach().abs().max().item()
+        for name, module in deployable.model.named_modules()
+        if hasattr(module, 'spatial_decay')
+    }
     if form == 'operators' or not decays:
         return form, CHUNK
     causal = any(getattr(module, 'causal', False) for module in deployable.model.modules())
@@ -550,7 +545,10 @@ def _require_standard(program: ExportedProgram) -> None:
 
 
 def _save_onnx(export: Export, path: Path, opset: int) -> None:
-    names = _output_names(export)
+    names = ['scores']
+    if export.metadata['task'] == 'features':
+        outputs = export.program.graph_signature.user_outputs
+        names = [f'features_{index}' for index in range(len(outputs))]
     with _quiet():
         program = torch.onnx.export(
             export.program,
@@ -567,13 +565,6 @@ def _save_onnx(export: Export, path: Path, opset: int) -> None:
     entry = model.metadata_props.add()
     entry.key, entry.value = 'vrwkv', json.dumps(export.metadata)
     path.write_bytes(model.SerializeToString())
-
-
-def _output_names(export: Export) -> list[str]:
-    outputs = len(export.program.graph_signature.user_outputs)
-    if export.metadata['task'] == 'features':
-        return [f'features_{i}' for i in range(outputs)]
-    return ['scores']
 
 
 # --- Checks and files --------------------------------------------------------------------------

@@ -89,25 +89,10 @@ class ClassCheckHook(Hook):
             )
         return classes
 
-    def before_train_iter(
-        self, runner: Runner, batch_idx: int, data_batch: dict | None = None
+    def _before_iter(
+        self, runner: Runner, batch_idx: int, data_batch: dict | None = None, mode: str = 'train'
     ) -> None:
-        """Check the labels of a batch."""
-        self._check_labels(data_batch)
-
-    def before_val_iter(
-        self, runner: Runner, batch_idx: int, data_batch: dict | None = None
-    ) -> None:
-        """Check the labels of a batch."""
-        self._check_labels(data_batch)
-
-    def before_test_iter(
-        self, runner: Runner, batch_idx: int, data_batch: dict | None = None
-    ) -> None:
-        """Check the labels of a batch."""
-        self._check_labels(data_batch)
-
-    def _check_labels(self, data_batch: dict | None) -> None:
+        """Check the labels of a batch, in training, validation and tests."""
         if self.num_classes is None or not isinstance(data_batch, dict):
             return
         samples = list(data_batch.get('data_samples') or ())

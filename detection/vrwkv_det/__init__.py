@@ -13,13 +13,9 @@ with explain_missing('vrwkv_det', extra='detection', brings=('mmdet', 'mmcv')):
 
     from . import datasets, models  # noqa: F401
 
-    patches.read_checkpoints_safely()
-    patches.find_packages_without_pkg_resources()
-    patches.prepare_configs_once()
-    patches.skip_byte_order_marks()
     patches.skip_byte_order_marks_in_coco()
     patches.keep_scope_of_mmdet()
-    patches.check_images_of_mmdet()
+    patches.check_images('mmdet')
     patches.extract_regions_from_any_map()
     patches.predict_in_float32()
     register_flop_handlers()

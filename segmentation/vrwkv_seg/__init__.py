@@ -14,10 +14,6 @@ with explain_missing('vrwkv_seg', extra='segmentation', brings=('mmseg', 'mmcv',
 
     from . import datasets, hooks, lean, models, rasters  # noqa: F401
 
-    patches.read_checkpoints_safely()
-    patches.find_packages_without_pkg_resources()
-    patches.prepare_configs_once()
-    patches.skip_byte_order_marks()
     patches.keep_scope_of_mmseg()
-    patches.check_images_of_mmseg()
+    patches.check_images('mmseg')
     register_flop_handlers()

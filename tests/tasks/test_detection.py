@@ -277,19 +277,6 @@ def test_classifiers_weights_leave_only_what_is_the_adapters(config, golden, tmp
     )
 
 
-def test_plain_vrwkv_takes_a_classifiers_weights_whole(tmp_path):
-    cfg = Config.fromfile(CONFIGS / 'mask-rcnn_vrwkv-tiny_simple-fpn_1x_coco.py').model
-    cfg.backbone.update(embed_dims=24, depth=2)
-    cfg.neck.in_channels = 24
-    plain = vrwkv.backbones.VRWKV(embed_dims=24, depth=2)
-    path = tmp_path / 'weights.pth'
-    torch.save({f'backbone.{k}': v for k, v in plain.state_dict().items()}, path)
-    cfg.backbone.init_cfg.checkpoint = str(path)
-    model = build(cfg)
-    model.init_weights()
-    torch.testing.assert_close(model.backbone.state_dict(), plain.state_dict(), rtol=0, atol=0)
-
-
 def test_vit_adapter_takes_mmpretrains_weights(tmp_path):
     from mmpretrain.models import VisionTransformer
 
@@ -312,40 +299,6 @@ def test_vit_adapter_takes_mmpretrains_weights(tmp_path):
     for name, value in theirs.state_dict().items():
         if name not in ('cls_token', 'ln1.weight', 'ln1.bias'):
             assert torch.equal(weights[name], value), name
-
-
-@pytest.mark.parametrize(
-    ('change', 'message'),
-    [
-        (lambda w: {k: v for k, v in w.items() if '.att.' not in k}, 'no weights of VRWKVAdapter'),
-        (lambda w: {k: v for k, v in w.items() if '.spm.' not in k}, 'it lacks spm.conv2.0.weight'),
-        (lambda w: {k: v for k, v in w.items() if 'interactions.3' not in k}, 'it lacks inter'),
-    ],
-    ids=['another model', 'no spatial prior', 'fewer interactions'],
-)
-def test_a_wrong_file_is_an_error(config, released, change, message):
-    """And not a training from scratch: mmengine would log, and go on."""
-    weights = torch.load(released, weights_only=True)['state_dict']
-    backbone = {k: v for k, v in weights.items() if k.startswith('backbone.')}
-    torch.save(change(backbone), released)
-    config.model.backbone.init_cfg.checkpoint = str(released)
-    with pytest.raises(RuntimeError, match=message):
-        build(config.model).init_weights()
-
-
-def test_weights_without_the_prefix_are_an_error(config, golden, tmp_path):
-    """mmengine's own."""
-    config.model.backbone.init_cfg.checkpoint = path = str(tmp_path / 'weights.pth')
-    torch.save(golden['state_dict'], path)
-    with pytest.raises(AssertionError, match=r'backbone\. is not in the pretrained model'):
-        build(config.model).init_weights()
-
-
-def test_weights_that_cannot_be_downloaded_are_an_error(config, monkeypatch, tmp_path):
-    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
-    config.model.backbone.init_cfg.checkpoint = 'http://127.0.0.1:9/vrwkv_t_in1k_224.pth'
-    with pytest.raises(RuntimeError, match=r'127\.0\.0\.1.*vrwkv_t_in1k_224\.pth'):
-        build(config.model).init_weights()
 
 
 # --- data ---------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ from types import ModuleType
 
 import pytest
 import torch
-import torch.nn.functional as F
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
@@ -206,14 +205,6 @@ def test_backbone_alone(large, tmp_path):
     model.init_weights()
     for name, value in model.backbone.named_parameters(prefix='backbone'):
         assert torch.equal(value, large['state_dict'][name]), name
-
-
-def test_position_embedding_is_resized(large, tmp_path):
-    torch.save(dict(model=large['state_dict']), tmp_path / 'weights.pth')
-    model = by_get_model(narrow(LARGE, large, img_size=96), tmp_path / 'weights.pth', None)
-    grid = large['state_dict']['backbone.pos_embed'].reshape(1, 4, 4, -1).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, size=(6, 6), mode='bicubic', align_corners=False)
-    assert torch.equal(model.backbone.pos_embed, grid.flatten(2).transpose(1, 2))
 
 
 @pytest.mark.parametrize('load', [by_load_from, by_init_cfg, by_get_model])

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from mmseg.apis import MMSegInferencer, inference_model, init_model
@@ -15,7 +14,6 @@ from mmseg.registry import HOOKS, MODELS
 from mmseg.structures import SegDataSample
 from PIL import Image
 
-import vrwkv.backbones
 import vrwkv_seg  # noqa: F401
 from vrwkv.engine import VRWKVRunner
 
@@ -165,33 +163,6 @@ def test_load_from_loads_upstream(cfg, upstream, tmp_path):
     log = next((tmp_path / 'work').rglob('*.log')).read_text()
     assert 'Load checkpoint from' in log
     assert 'do not match' not in log
-
-
-def test_load_from_refuses_weights_of_another_size(cfg, upstream, tmp_path):
-    path, _ = upstream
-    cfg.model.backbone.depth, cfg.model.backbone.interaction_indexes = 8, None
-    run = runner(cfg, tmp_path / 'work', load_from=str(path))
-    with pytest.raises(RuntimeError, match=r'depth=4 \(here 8\)'):
-        run.load_or_resume()
-
-
-def test_classification_weights(cfg, tmp_path):
-    """Of a classifier, with a position embedding of another grid and without layer scale."""
-    arguments = dict(img_size=96, embed_dims=24, depth=4)
-    classifier = randomise(vrwkv.backbones.VRWKV(**arguments))
-    weights = {f'backbone.{key}': value for key, value in classifier.state_dict().items()}
-    path = tmp_path / 'classifier.pth'
-    torch.save(dict(meta={}, state_dict=weights | {'head.fc.weight': torch.zeros(9, 24)}), path)
-    cfg.model.backbone.init_cfg = dict(type='Pretrained', checkpoint=str(path), prefix='backbone.')
-    backbone = build(cfg).backbone
-    grid = classifier.pos_embed.data.reshape(1, 6, 6, 24).permute(0, 3, 1, 2)
-    expected = F.interpolate(grid, size=(4, 4), mode='bicubic', align_corners=False)
-    torch.testing.assert_close(backbone.pos_embed, expected.permute(0, 2, 3, 1).flatten(1, 2))
-    found = backbone.state_dict()
-    for name, value in classifier.state_dict().items():
-        if name != 'pos_embed' and not name.startswith('ln1.'):
-            assert torch.equal(found[name], value), name
-    assert (found['layers.0.gamma1'] == 1).all()
 
 
 # --- any size -----------------------------------------------------------------------------------

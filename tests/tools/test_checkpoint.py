@@ -188,24 +188,6 @@ def test_missing_file(tmp_path):
         load(tmp_path / 'none.pth')
 
 
-@pytest.mark.parametrize('key', ['state_dict', 'model', 'module', 'model_ema', None])
-def test_where_weights_may_be(key, tmp_path):
-    path = tmp_path / 'weights.pth'
-    torch.save({key: WEIGHTS, 'epoch': 3} if key else WEIGHTS, path)
-    loaded = load(path)
-    torch.testing.assert_close(loaded['state_dict'], WEIGHTS, rtol=0, atol=0)
-    assert not key or loaded['epoch'] == 3
-
-
-def test_weights_before_their_average(tmp_path):
-    path = tmp_path / 'both.pth'
-    torch.save(
-        dict(model_ema={'w': torch.zeros(1)}, model={'w': torch.ones(1)}, state_dict=None), path
-    )
-    assert load(path)['state_dict'] == {'w': torch.ones(1)}
-    assert load(path)['model_ema'] == {'w': torch.zeros(1)}
-
-
 def test_safetensors(tmp_path):
     from safetensors.torch import save_file
 

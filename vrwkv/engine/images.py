@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from mmcv.transforms import LoadImageFromFile
 from mmengine.logging import print_log
-from mmengine.registry import Registry
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 from torch import nn
 
@@ -240,15 +239,6 @@ class ImageChecks:
                 checked = True
         return results
 
-    def check_image(self, sample: dict) -> None:
-        """Check a sample.
-
-        Args:
-            sample: The sample as the data set lists it, with ``img`` of shape (height, width) or
-                (height, width, channels), before any other change.
-        """
-        raise NotImplementedError
-
 
 def size_of(image: np.ndarray) -> str:
     """Write the size of an image.
@@ -310,15 +300,6 @@ def _require_bands(
             "color_type='color'; for a model of other bands set in_channels of the backbone, and "
             'mean and std'
         )
-
-
-def register_loader(transforms: Registry) -> None:
-    """Make ``LoadImageFromFile`` mean :class:`CheckedLoadImageFromFile` in a library.
-
-    Args:
-        transforms: The library's registry of transforms.
-    """
-    transforms.register_module('LoadImageFromFile', force=True, module=CheckedLoadImageFromFile)
 
 
 def imread(img_or_path, *args, **kwargs) -> np.ndarray:

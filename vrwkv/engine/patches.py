@@ -1,8 +1,7 @@
 """Every function of mmengine, mmpretrain, mmdet and mmseg that this project replaces.
 
-Each function here makes one replacement, when it is called for the first time. The task packages
-call those that they need in their ``__init__``; :mod:`vrwkv.engine` calls those that tools need
-before they read a config.
+Each function here makes one replacement, when it is called for the first time. :mod:`vrwkv.engine`
+calls those that all tasks need, the task packages call the others in their ``__init__``.
 """
 
 from __future__ import annotations
@@ -296,47 +295,25 @@ def keep_scope_of_mmseg() -> None:
 
 
 @cache
-def check_images_of_mmpretrain() -> None:
-    """Make mmpretrain check the images that it reads, and their number of bands.
+def check_images(library: str) -> None:
+    """Make a library check the images that it reads, and their number of bands.
 
-    See :func:`.images.register_loader` and :func:`.images.check_bands`, also for mmdet and mmseg.
+    See :class:`.images.CheckedLoadImageFromFile` and :func:`.images.check_bands`.
+
+    Args:
+        library: ``'mmpretrain'``, ``'mmdet'`` or ``'mmseg'``.
     """
-    import mmpretrain.datasets.transforms  # noqa: F401 (registers the loader that is replaced)
-    from mmpretrain.apis import image_classification
-    from mmpretrain.models import ClsDataPreprocessor
-    from mmpretrain.registry import TRANSFORMS
+    from .images import CheckedLoadImageFromFile, check_bands, imread
 
-    from .images import check_bands, imread, register_loader
-
-    register_loader(TRANSFORMS)
-    check_bands(ClsDataPreprocessor)
-    image_classification.imread = imread
-
-
-@cache
-def check_images_of_mmdet() -> None:
-    """Make mmdet check the images that it reads, and their number of bands."""
-    import mmdet.datasets.transforms  # noqa: F401 (registers the loader that is replaced)
-    from mmdet.models import DetDataPreprocessor
-    from mmdet.registry import TRANSFORMS
-
-    from .images import check_bands, register_loader
-
-    register_loader(TRANSFORMS)
-    check_bands(DetDataPreprocessor)
-
-
-@cache
-def check_images_of_mmseg() -> None:
-    """Make mmseg check the images that it reads, and their number of bands."""
-    import mmseg.datasets.transforms  # noqa: F401 (registers the loader that is replaced)
-    from mmseg.models import SegDataPreProcessor
-    from mmseg.registry import TRANSFORMS
-
-    from .images import check_bands, register_loader
-
-    register_loader(TRANSFORMS)
-    check_bands(SegDataPreProcessor)
+    kinds = dict(
+        mmpretrain='ClsDataPreprocessor', mmdet='DetDataPreprocessor', mmseg='SegDataPreProcessor'
+    )
+    import_module(f'{library}.datasets.transforms')  # registers the loader that is replaced
+    transforms = import_module(f'{library}.registry').TRANSFORMS
+    transforms.register_module('LoadImageFromFile', force=True, module=CheckedLoadImageFromFile)
+    check_bands(getattr(import_module(f'{library}.models'), kinds[library]))
+    if library == 'mmpretrain':
+        import_module('mmpretrain.apis.image_classification').imread = imread
 
 
 # --- mmpretrain ---------------------------------------------------------------------------------

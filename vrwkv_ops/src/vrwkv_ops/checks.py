@@ -26,6 +26,15 @@ def _check_float_tensor(op: str, name: str, value: Tensor) -> None:
         )
 
 
+def _check_device(op: str, tensors: dict[str, Tensor], like: str) -> None:
+    for name, value in tensors.items():
+        if value.device != tensors[like].device:
+            raise ValueError(
+                f"{op}: '{name}' is on {value.device} but '{like}' is on {tensors[like].device}; "
+                'move all arguments to one device'
+            )
+
+
 def _autocast_unifies(k: Tensor, v: Tensor) -> bool:
     """Return whether autocast converts ``k`` and ``v`` to one dtype (float64 is not converted)."""
     if torch.float64 in (k.dtype, v.dtype):
@@ -44,7 +53,8 @@ def check_bi_wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor, causal: bool) -> No
         ValueError: If a rank, shape or device does not fit.
     """
     op = 'bi_wkv'
-    for name, value in (('w', w), ('u', u), ('k', k), ('v', v)):
+    tensors = dict(w=w, u=u, k=k, v=v)
+    for name, value in tensors.items():
         _check_float_tensor(op, name, value)
     if not isinstance(causal, bool):
         raise TypeError(f"{op}: 'causal' must be a bool, got {type(causal).__name__}")
@@ -65,12 +75,7 @@ def check_bi_wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor, causal: bool) -> No
                 f"{op}: '{name}' must have shape (C,) = ({channels},) to match 'k' of shape "
                 f'{tuple(k.shape)}, got {tuple(value.shape)}'
             )
-    for name, value in (('w', w), ('u', u), ('v', v)):
-        if value.device != k.device:
-            raise ValueError(
-                f"{op}: '{name}' is on {value.device} but 'k' is on {k.device}; "
-                'move all arguments to one device'
-            )
+    _check_device(op, tensors, 'k')
     if v.dtype != k.dtype and not _autocast_unifies(k, v):
         raise TypeError(
             f"{op}: 'k' and 'v' must have one dtype, got {k.dtype} and {v.dtype}; convert one"
@@ -114,12 +119,7 @@ def check_bi_wkv6(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, causal:
             f'{op}: heads must have at most {MAX_HEAD} channels, a multiple of 8, got '
             f"{u.shape[1]} ('u' of shape {tuple(u.shape)})"
         )
-    for name, value in tensors.items():
-        if value.device != r.device:
-            raise ValueError(
-                f"{op}: '{name}' is on {value.device} but 'r' is on {r.device}; "
-                'move all arguments to one device'
-            )
+    _check_device(op, tensors, 'r')
     if len({r.dtype, k.dtype, v.dtype}) > 1 and not (
         _autocast_unifies(r, k) and _autocast_unifies(k, v)
     ):
@@ -145,11 +145,7 @@ def check_pointwise(op: str, **tensors: Tensor) -> None:
                 f"{op}: '{name}' must have the shape of '{first}', {tuple(like.shape)}, got "
                 f'{tuple(value.shape)}'
             )
-        if value.device != like.device:
-            raise ValueError(
-                f"{op}: '{name}' is on {value.device} but '{first}' is on {like.device}; "
-                'move all arguments to one device'
-            )
+    _check_device(op, tensors, first)
 
 
 MAX_LEVELS = 16
@@ -173,11 +169,7 @@ def check_ms_deform_attn(
     )
     for name, tensor in tensors.items():
         _check_float_tensor(op, name, tensor)
-        if tensor.device != value.device:
-            raise ValueError(
-                f"{op}: '{name}' is on {tensor.device} but 'value' is on {value.device}; "
-                'move all arguments to one device'
-            )
+    _check_device(op, tensors, 'value')
     is_sequence = isinstance(spatial_shapes, (tuple, list))
     if not is_sequence or not all(isinstance(shape, (tuple, list)) for shape in spatial_shapes):
         raise TypeError(
@@ -282,11 +274,7 @@ def check_token_shift(
                 f"{op}: '{name}' must have shape (C,) or (1, 1, C) with C = {channels} to match "
                 f"'x' of shape {tuple(x.shape)}, got {tuple(mix.shape)}"
             )
-        if mix.device != x.device:
-            raise ValueError(
-                f"{op}: '{name}' is on {mix.device} but 'x' is on {x.device}; "
-                'move all arguments to one device'
-            )
+        _check_device(op, {'x': x, name: mix}, 'x')
 
 
 def _check_shift(

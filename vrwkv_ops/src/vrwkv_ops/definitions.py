@@ -50,6 +50,11 @@ class Operator:
         """Whether it is composed of other operators, which have the rules."""
         return self.fake is None
 
+    def run_kernel(self, *args):
+        """Run the PyTorch code, after a warning if compiled kernels would be faster."""
+        backends.warn_if_slow(next(x for x in args if isinstance(x, Tensor)).device)
+        return self.kernel(*args)
+
 
 # --- Bi-WKV -----------------------------------------------------------------------------------
 
@@ -64,7 +69,6 @@ def _bi_wkv(ops, w, u, k, v, causal):
 
 
 def _bi_wkv_forward(w, u, k, v, causal, save):
-    backends.warn_if_slow(k.device)
     y_acc, z = scan.forward(w, u, k, v, causal)
     y = y_acc.to(k.dtype)
     if not save:
@@ -106,7 +110,6 @@ def _bi_wkv_forward_autocast(dtype, w, u, k, v, *options):
 
 
 def _bi_wkv_backward(gy, w, u, k, v, y, y_residual, z, causal):
-    backends.warn_if_slow(k.device)
     y_acc = y.to(w.dtype)
     if k.dtype in _HALF:
         y_acc = y_acc + y_residual
@@ -125,13 +128,7 @@ def _empty(x: Tensor) -> Tensor:
 # --- Bi-WKV6 ----------------------------------------------------------------------------------
 
 
-def _bi_wkv6_forward(r, *args):
-    backends.warn_if_slow(r.device)
-    return wkv6.forward(r, *args)
-
-
 def _bi_wkv6_backward(gy, *args):
-    backends.warn_if_slow(gy.device)
     with torch.autocast(gy.device.type, enabled=False):  # backward() may run under autocast
         return wkv6.backward(gy, *args)
 
@@ -156,7 +153,6 @@ def _bi_wkv6_forward_autocast(dtype, *args):
 
 
 def _q_shift(x, height, width, shift_pixel, channel_gamma, reverse, heads=1):
-    backends.warn_if_slow(x.device)
     return shift.shift_slices(
         x, height, width, shift_pixel, channel_gamma, heads=heads, reverse=reverse
     )
@@ -179,11 +175,6 @@ def _token_shift(ops, x, mixes, height, width, shift_pixel, channel_gamma, mode,
     return ops.token_shift_forward(x, joined, height, width, *shift_args)
 
 
-def _token_shift_forward(x, mixes, *args):
-    backends.warn_if_slow(x.device)
-    return shift.forward(x, mixes, *args)
-
-
 def _token_shift_forward_setup_context(ctx, inputs, output):
     x, mixes, *ctx.shift = inputs
     ctx.save_for_backward(x, mixes)
@@ -195,17 +186,7 @@ def _token_shift_forward_autograd(ops, ctx, grads):
     return (gx, gmixes, *(None,) * (len(ctx.needs_input_grad) - 2))
 
 
-def _token_shift_backward(grads, x, mixes, *args):
-    backends.warn_if_slow(x.device)
-    return shift.backward(grads, x, mixes, *args)
-
-
 # --- Multi-scale deformable attention ---------------------------------------------------------
-
-
-def _ms_deform_attn(value, *args):
-    backends.warn_if_slow(value.device)
-    return deform.forward(value, *args)
 
 
 def _ms_deform_attn_fake(value, shapes, locations, weights):
@@ -223,11 +204,6 @@ def _ms_deform_attn_autograd(ops, ctx, grad):
     return (gvalue, None, *gpoints)
 
 
-def _ms_deform_attn_backward(grad, value, *args):
-    backends.warn_if_slow(value.device)
-    return deform.backward(grad, value, *args)
-
-
 # --- Element-wise functions -------------------------------------------------------------------
 
 
@@ -237,7 +213,6 @@ def _save_inputs(ctx, inputs, output):
 
 def _squared_relu(x):
     check_pointwise('squared_relu', x=x)
-    backends.warn_if_slow(x.device)
     return pointwise.squared_relu(x).contiguous()
 
 
@@ -251,7 +226,6 @@ def _squared_relu_backward(grad, x):
 
 def _sigmoid_gate(r, x):
     check_pointwise('sigmoid_gate', r=r, x=x)
-    backends.warn_if_slow(x.device)
     return pointwise.sigmoid_gate(r, x).contiguous()
 
 
@@ -291,7 +265,7 @@ OPERATORS = (
     ),
     Operator(
         'bi_wkv6_forward(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, bool causal) -> Tensor',
-        _bi_wkv6_forward,
+        wkv6.forward,
         lambda r, k, v, *_: _empty(v),
         _bi_wkv6_setup_context,
         _bi_wkv6_forward_backward,
@@ -319,7 +293,7 @@ OPERATORS = (
     Operator(
         'token_shift_forward(Tensor x, Tensor mixes, SymInt height, SymInt width, int shift_pixel,'
         ' float channel_gamma, str mode, int heads=1) -> Tensor[]',
-        _token_shift_forward,
+        shift.forward,
         lambda x, mixes, *_: [_empty(x) for _ in range(mixes.shape[0])],
         _token_shift_forward_setup_context,
         _token_shift_forward_autograd,
@@ -328,12 +302,12 @@ OPERATORS = (
         'token_shift_backward(Tensor[] grads, Tensor x, Tensor mixes, SymInt height, SymInt width,'
         ' int shift_pixel, float channel_gamma, str mode, int heads=1)'
         ' -> (Tensor gx, Tensor gmixes)',
-        _token_shift_backward,
+        shift.backward,
         lambda grads, x, mixes, *_: (_empty(x), _empty(mixes)),
     ),
     Operator(
         'ms_deform_attn(Tensor value, SymInt[] shapes, Tensor locations, Tensor weights) -> Tensor',
-        _ms_deform_attn,
+        deform.forward,
         _ms_deform_attn_fake,
         _ms_deform_attn_setup_context,
         _ms_deform_attn_autograd,
@@ -341,7 +315,7 @@ OPERATORS = (
     Operator(
         'ms_deform_attn_backward(Tensor grad, Tensor value, SymInt[] shapes, Tensor locations,'
         ' Tensor weights) -> (Tensor gvalue, Tensor glocations, Tensor gweights)',
-        _ms_deform_attn_backward,
+        deform.backward,
         lambda grad, value, shapes, *points: (_empty(value), *map(_empty, points)),
     ),
     Operator(
@@ -383,7 +357,7 @@ def complete(namespace: str) -> None:
             library.define(op.schema, tags=(torch.Tag.pt2_compliant_tag,))
             _register_rules(op, library)
         if not op.is_composite:
-            library.impl(op.name, op.kernel, 'CompositeExplicitAutograd')
+            library.impl(op.name, op.run_kernel, 'CompositeExplicitAutograd')
             torch.library.register_fake(f'{namespace}::{op.name}', op.fake, lib=library)
 
 

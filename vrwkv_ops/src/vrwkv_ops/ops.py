@@ -18,7 +18,7 @@ from vrwkv_ops.checks import (
 
 backends.load()
 definitions.complete('vrwkv_ops')
-SCAN_KERNELS = {op.name: op.kernel for op in definitions.OPERATORS if not op.is_composite}
+SCAN_KERNELS = {op.name: op.run_kernel for op in definitions.OPERATORS if not op.is_composite}
 if backends.triton_serves_gpus():
     triton.serve('CUDA', SCAN_KERNELS)
 _ops = torch.ops.vrwkv_ops

@@ -467,15 +467,9 @@ class _Launch:
 
 
 def forward(
-    w: Tensor,
-    u: Tensor,
-    k: Tensor,
-    v: Tensor,
-    causal: bool,
-    save: bool,
-    tiling: Tiling | None = None,
+    w: Tensor, u: Tensor, k: Tensor, v: Tensor, causal: bool, save: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run ``vrwkv_ops::bi_wkv_forward``; ``tiling`` replaces the chosen one."""
+    """Run ``vrwkv_ops::bi_wkv_forward``."""
     _check(w, u, k, {}, {'v': v})
     half = k.dtype in _HALF
     y = torch.empty(k.shape, dtype=k.dtype, device=k.device)
@@ -483,7 +477,7 @@ def forward(
     z = w.new_empty(k.shape if save else (0,))
     if k.numel() == 0:
         return y, y_residual, z
-    tiling = tiling or choose_tiling(k.shape[1], _FORWARD_ELEMENTS * 4 // w.element_size())
+    tiling = choose_tiling(k.shape[1], _FORWARD_ELEMENTS * 4 // w.element_size())
     with torch.cuda.device_of(k):
         launch = _Launch(k, w, tiling, WKV_FIELDS.value)
         strides = (*k.stride(), *v.stride())
@@ -508,14 +502,13 @@ def backward(
     y_residual: Tensor,
     z: Tensor,
     causal: bool,
-    tiling: Tiling | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Run ``vrwkv_ops::bi_wkv_backward``; ``tiling`` replaces the chosen one."""
+    """Run ``vrwkv_ops::bi_wkv_backward``."""
     _check(w, u, k, {'y': y, 'y_residual': y_residual, 'z': z}, {'v': v, 'gy': gy})
     gk, gv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
     if k.numel() == 0:
         return torch.zeros_like(w), torch.zeros_like(u), gk, gv
-    tiling = tiling or choose_tiling(k.shape[1], _BACKWARD_ELEMENTS * 4 // w.element_size())
+    tiling = choose_tiling(k.shape[1], _BACKWARD_ELEMENTS * 4 // w.element_size())
     with torch.cuda.device_of(k):
         launch = _Launch(k, w, tiling, GRAD_FIELDS.value)
         gw, gu = (w.new_empty(launch.batch * launch.tiles, launch.channels) for _ in range(2))
