@@ -21,8 +21,8 @@ help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' Makefile
 
 python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "[install] Error: \
-	Python 3.10 or newer is needed, and $(PYTHON) is not. Name one: make demo \
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' || { echo "[install] Error: \
+	Python 3.10 to 3.13 is needed, and $(PYTHON) is not. Name one: make demo \
 	PYTHON=/path/to/python3.12" >&2; exit 1; }
 
 install-demo: python ## Install what classification needs

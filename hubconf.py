@@ -4,7 +4,7 @@ Each takes the arguments of :func:`vrwkv.create_model`, without the name. Withou
 ``vrwkv_ops``, its PyTorch kernels serve, from this checkout.
 """
 
-# torch.hub.list shows every function whose name has no underscore.
+# torch.hub.list shows every function whose name does not begin with an underscore.
 import sys
 from functools import partial as _partial
 from functools import update_wrapper as _update_wrapper

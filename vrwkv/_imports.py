@@ -7,9 +7,12 @@ from .mmcv_ops import (
     EXTENSION,
     how_to_compile,
     how_to_install,
+    installed,
     require_one_mmcv,
     torchvision_error,
 )
+
+ONEDL = 'onedl-mmengine onedl-mmcv onedl-mmpretrain onedl-mmdetection onedl-mmsegmentation'
 
 
 @contextmanager
@@ -36,8 +39,11 @@ def explain_missing(package: str, extra: str, brings: tuple[str, ...]) -> Iterat
                 name=error.name,
             ) from error
         # In the root of the checkout, the folder vrwkv_ops counts as an empty package of that name.
+        packages = f"pip install -e '.[{extra}]'"
+        if 'onedl-mmcv' in installed():  # the extra would install the original packages over these
+            packages = f'pip install {ONEDL}'
         remedies = {
-            **dict.fromkeys(brings, f"pip install -e '.[{extra}]'"),
+            **dict.fromkeys(brings, packages),
             'vrwkv_ops': 'pip install ./vrwkv_ops',
         }
         if error.name not in remedies:

@@ -49,16 +49,20 @@ def installed() -> dict[str, str]:
 
 def how_to_compile() -> str:
     """Return the line to type for compiled mmcv."""
-    package = 'onedl-mmcv' if 'onedl-mmcv' in installed() else 'mmcv==2.1.0'
+    onedl = 'onedl-mmcv' in installed()
+    package, flavour = ('onedl-mmcv', ' OPENMMLAB=onedl') if onedl else ('mmcv==2.1.0', '')
     return (
-        f"make install-mmcv (in another environment: {_UNINSTALL}; pip install 'setuptools<81' "
-        f'wheel ninja psutil && pip install --no-build-isolation --no-cache-dir {package})'
+        f'make install-mmcv{flavour} (in another environment: {_UNINSTALL}; '
+        "pip install 'setuptools<81' wheel ninja psutil && "
+        f'pip install --no-build-isolation --no-cache-dir {package})'
     )
 
 
 def how_to_install() -> str:
     """Return the line to type for mmcv without compiled operators."""
-    return f'{_UNINSTALL}; pip install mmcv-lite==2.1.0'
+    # A cached onedl-mmcv may be a compiled one.
+    package = '--no-cache-dir onedl-mmcv' if 'onedl-mmcv' in installed() else 'mmcv-lite==2.1.0'
+    return f'{_UNINSTALL}; pip install {package}'
 
 
 def torchvision_error(error: Exception) -> ImportError:

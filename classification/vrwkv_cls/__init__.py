@@ -5,7 +5,9 @@ A config does so with ``custom_imports = dict(imports=['vrwkv_cls'], allow_faile
 
 from vrwkv._imports import explain_missing
 
-with explain_missing('vrwkv_cls', extra='classification', brings=('mmpretrain', 'mmcv')):
+with explain_missing(
+    'vrwkv_cls', extra='classification', brings=('mmengine', 'mmpretrain', 'mmcv', 'torchvision')
+):
     from mmpretrain.apis.model import ModelHub
 
     from vrwkv.analysis import register_flop_handlers

@@ -4,6 +4,8 @@ _base_ = [
 ]
 
 model = dict(
+    # The normalisation of the pre-training.
+    data_preprocessor=dict(mean=[127.5, 127.5, 127.5], std=[127.5, 127.5, 127.5]),
     backbone=dict(
         **_base_.pop('backbone'),
         # Layers 5, 11, 17 and 23 have global attention.

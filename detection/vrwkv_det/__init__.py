@@ -6,7 +6,7 @@ A config does so with ``custom_imports = dict(imports=['vrwkv_det'], allow_faile
 from vrwkv._imports import explain_missing
 from vrwkv.mmcv_ops import serve_mmcv_ops
 
-with explain_missing('vrwkv_det', extra='detection', brings=('mmdet', 'mmcv')):
+with explain_missing('vrwkv_det', extra='detection', brings=('mmengine', 'mmdet', 'mmcv')):
     serve_mmcv_ops()
     from vrwkv.analysis import register_flop_handlers
     from vrwkv.engine import patches

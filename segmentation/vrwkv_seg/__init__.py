@@ -7,7 +7,9 @@ from vrwkv._imports import explain_missing
 from vrwkv.mmcv_ops import serve_mmcv_ops
 
 # mmseg imports ftfy and regex without declaring them.
-with explain_missing('vrwkv_seg', extra='segmentation', brings=('mmseg', 'mmcv', 'ftfy', 'regex')):
+with explain_missing(
+    'vrwkv_seg', extra='segmentation', brings=('mmengine', 'mmseg', 'mmcv', 'ftfy', 'regex')
+):
     serve_mmcv_ops()
     from vrwkv.analysis import register_flop_handlers
     from vrwkv.engine import patches

@@ -18,7 +18,7 @@ import torch
 from mmengine.registry import DefaultScope
 
 import vrwkv.backbones
-from vrwkv import mmcv_ops
+from vrwkv import _imports, mmcv_ops
 from vrwkv._imports import explain_missing
 from vrwkv.engine import patches
 
@@ -53,7 +53,7 @@ OPERATORS = 'pip install ./vrwkv_ops'
 
 # A process for each package that is missing, forked where what all need is imported.
 IMPORTS = """
-import os, sys, torch, mmengine
+import os, sys, torch
 module, *packages = sys.argv[1:]
 for package in packages:
     if os.fork():
@@ -79,16 +79,27 @@ for package in packages:
     [
         (
             'vrwkv_cls',
-            {'vrwkv_ops': OPERATORS, 'mmpretrain': CLASSIFICATION, 'mmcv': CLASSIFICATION},
+            {
+                'vrwkv_ops': OPERATORS,
+                'mmengine': CLASSIFICATION,
+                'mmpretrain': CLASSIFICATION,
+                'mmcv': CLASSIFICATION,
+            },
         ),
         (
             'vrwkv_det',
-            {'vrwkv_ops': OPERATORS, 'mmdet': DETECTION, 'mmcv': DETECTION},
+            {
+                'vrwkv_ops': OPERATORS,
+                'mmengine': DETECTION,
+                'mmdet': DETECTION,
+                'mmcv': DETECTION,
+            },
         ),
         (
             'vrwkv_seg',
             {
                 'vrwkv_ops': OPERATORS,
+                'mmengine': SEGMENTATION,
                 'mmseg': SEGMENTATION,
                 'ftfy': SEGMENTATION,
                 'mmcv': SEGMENTATION,
@@ -119,6 +130,19 @@ def test_packages_that_do_not_fit_each_other(failure, remedy):
         explain_missing('vrwkv_cls', 'classification', ('mmpretrain',)),
     ):
         raise failure
+
+
+def test_remedies_where_the_onedl_forks_are_installed(monkeypatch):
+    """The extras and mmcv-lite would install the original packages over them."""
+    for module in (mmcv_ops, _imports):
+        monkeypatch.setattr(module, 'installed', lambda: {'onedl-mmcv': '2.3.6'})
+    assert mmcv_ops.how_to_compile().startswith('make install-mmcv OPENMMLAB=onedl (')
+    assert mmcv_ops.how_to_install().endswith('pip install --no-cache-dir onedl-mmcv')
+    with (
+        pytest.raises(ImportError, match=r'pip install onedl-mmengine .* onedl-mmdetection'),
+        explain_missing('vrwkv_det', 'detection', ('mmdet',)),
+    ):
+        raise ModuleNotFoundError("No module named 'mmdet'", name='mmdet')
 
 
 def test_other_errors_of_an_import_stay_as_they_are():

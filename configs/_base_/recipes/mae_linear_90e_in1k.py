@@ -13,14 +13,12 @@ model = dict(
         init_values=1e-5,
         post_norm=True,
         key_norm=True,
-        drop_path_rate=0.0,
         init_cfg=dict(type='Pretrained', prefix='backbone.'),
     ),
     head=dict(
         init_cfg=dict(std=0.01),
         loss=dict(_delete_=True, type='CrossEntropyLoss'),
     ),
-    train_cfg=None,
 )
 
 train_dataloader = dict(drop_last=True)

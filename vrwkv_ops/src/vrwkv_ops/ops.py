@@ -189,7 +189,8 @@ def token_shift(
 
 def _shifted(x, mixes, resolution, shift_pixel, channel_gamma, mode, heads):
     height, width = resolution if mode == 'q_shift' else (1, x.shape[1])
-    if bool in map(type, (height, width, shift_pixel, heads)):
+    # PyTorch 2.6 to 2.8 do not compile the same with map.
+    if bool in (type(height), type(width), type(shift_pixel), type(heads)):
         raise TypeError  # the dispatcher would take it for an int
     gamma = 1 / 4 if mode == 'single_shift' else channel_gamma  # single_shift has no groups
     options = height, width, shift_pixel, gamma, mode, heads
