@@ -147,7 +147,7 @@ def run(image: str, model: str, pretrained: str | bool, device: str, out: Path) 
     """
     if not Path(image).is_file():
         raise FileNotFoundError(f'image {image} does not exist')
-    if mmcv.imread(image) is None:
+    if not Path(image).stat().st_size or mmcv.imread(image) is None:
         raise ValueError(f'{image} is no image that OpenCV {cv2.__version__} can read')
     config, weights = resolve(model, pretrained)
     scope = Config.fromfile(config).get('default_scope')

@@ -31,7 +31,7 @@ from torch.utils.data import Dataset
 from vrwkv.analysis.drawing import picture
 from vrwkv.analysis.models import build_model, read_config
 from vrwkv.engine import images
-from vrwkv_ops.benchmarking import markdown_table
+from vrwkv_ops.benchmarking import markdown_table, positive_int
 
 SPLITS = ('train', 'val', 'test')
 LISTED = 10  # problems that are printed for each set
@@ -321,7 +321,7 @@ def paint(
 
 def build_hooks(cfg: Config) -> list:
     """Build the hooks of a config that check data."""
-    hooks = [*cfg.get('default_hooks', {}).values(), *cfg.get('custom_hooks', [])]
+    hooks = [*(cfg.get('default_hooks') or {}).values(), *(cfg.get('custom_hooks') or [])]
     return [HOOKS.build(hook) for hook in hooks if hook and hook.get('type') in CHECKS]
 
 
@@ -348,7 +348,7 @@ def main(argv: list[str] | None = None) -> int:
         '--samples', type=int, default=12, help='samples on a sheet; 0 draws none (default: 12)'
     )
     parser.add_argument(
-        '--limit', type=int, help='read at most so many samples of a set (default: all)'
+        '--limit', type=positive_int, help='read at most so many samples of a set (default: all)'
     )
     args = parser.parse_args(argv)
     cfg = read_config(args.config)
@@ -371,7 +371,9 @@ def main(argv: list[str] | None = None) -> int:
             browser.look(args.limit, args.samples)
             print(f'\n## {split}\n{browser.report()}')
             found += len(browser.problems)
-            if browser.samples and args.samples:
+            if browser.samples and args.samples and not cfg.get('visualizer'):
+                print('no sheet: the config has no visualizer')
+            elif browser.samples and args.samples:
                 browser.draw(out / f'{split}.png', cfg.visualizer)
                 print(f'sheet: {out / f"{split}.png"}')
     return int(found > 0)

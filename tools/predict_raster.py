@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from vrwkv._files import write_atomically
 from vrwkv.analysis.measurement import memory_in_use, peak_memory
 from vrwkv.analysis.models import load_model, read_config
+from vrwkv.checkpoint import CheckpointError
 from vrwkv_seg.rasters import IGNORE_INDEX, import_rasterio, open_raster, read_bands
 
 TILE = 256  # pixels of a side of a tile of the map; windows begin at tiles
@@ -74,6 +75,8 @@ class Predictor:
         self.channels = self.preprocessor.mean.numel()
         outputs = self.model.decode_head.out_channels
         self.classes = max(outputs, 2)
+        # Of the probability of class 1, where mmseg has one output for two classes.
+        self.threshold = self.model.decode_head.threshold if outputs == 1 else None
         if self.classes > IGNORE_INDEX:
             raise ValueError(f'a map has at most {IGNORE_INDEX} classes, got {self.classes}')
         meta = self.model.dataset_meta or {}
@@ -120,7 +123,8 @@ def require_fit(predictor: Predictor, raster) -> None:
         raise ValueError(
             f'{raster.name} has {found} bands{chosen}, but the model takes {predictor.channels} '
             '(mean and std of the data_preprocessor): choose bands with LoadRaster(bands=...) in '
-            'the test_pipeline of the config'
+            'the test_pipeline of the config. They keep their order: with bgr_to_rgb=True in the '
+            'data_preprocessor blue comes first, such as bands=(3, 2, 1) of red, green and blue'
         )
     if predictor.bands and max(predictor.bands) > raster.count:
         raise ValueError(
@@ -291,7 +295,8 @@ def predict_window(predictor: Predictor, raster, grid: Grid, work: Work, i: int,
     if right > own_right:
         work.save('right', i, j, total[:, :, columns:].numpy())
     own = total[:, :rows, :columns]
-    labels = own.argmax(0).numpy().astype(np.uint8)
+    labels = own.argmax(0) if predictor.threshold is None else own[1] > predictor.threshold
+    labels = labels.numpy().astype(np.uint8)
     labels[~valid[:rows, :columns]] = IGNORE_INDEX
     if work.settings['probabilities']:
         work.save('probabilities', i, j, (own * 255).round_().numpy().astype(np.uint8))
@@ -432,7 +437,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f'--overlap must lie between 0 and {TILE}, got {args.overlap}')
     try:
         run(args)
-    except (ValueError, OSError, ImportError) as error:
+    except (CheckpointError, ValueError, OSError, ImportError) as error:
         print(f'{parser.prog}: {error}', file=sys.stderr)
         if getattr(error, 'errno', None) == errno.ENOSPC:
             print('Free some space and start again: finished windows are kept', file=sys.stderr)

@@ -6,6 +6,7 @@ The other objects in mmengine's checkpoints, beside tensors, are allowed by name
 
 import argparse
 import codecs
+import json
 import logging
 import os
 import pickle
@@ -169,15 +170,17 @@ def read_checkpoint(
 
 def _read_safetensors(file: Path, map_location: Any, name: str) -> dict:
     try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        from safetensors import SafetensorError, safe_open
     except ImportError as error:
         raise ImportError(
             f"Reading '{name}' needs the safetensors package: pip install safetensors"
         ) from error
     device = map_location if isinstance(map_location, (str, torch.device)) else 'cpu'
     try:
-        return load_file(file, device=str(device))
+        with safe_open(file, 'pt', device=str(device)) as archive:
+            weights = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118
+            meta = json.loads((archive.metadata() or {}).get('vrwkv', 'null'))
+        return {'state_dict': weights, **({'meta': meta} if meta else {})}
     except SafetensorError as error:
         raise CheckpointError(
             f"Checkpoint '{name}' is truncated or not a safetensors file: {error}"
@@ -249,9 +252,11 @@ def _with_state_dict(checkpoint: Any, name: str) -> dict:
 
 
 def _unwrapped(weights: Mapping) -> Mapping:
-    """Remove the prefix that PyTorch's parallel wrappers add to every name."""
-    if all(key.startswith('module.') for key in weights):
-        return OrderedDict((key.removeprefix('module.'), value) for key, value in weights.items())
+    """Remove what PyTorch's wrappers add: parallel, averaged and compiled models."""
+    inner = {key: value for key, value in weights.items() if key not in ('n_averaged', 'steps')}
+    for prefix in ('module.', '_orig_mod.'):
+        if inner and all(key.startswith(prefix) for key in inner):
+            return _unwrapped(OrderedDict((k.removeprefix(prefix), v) for k, v in inner.items()))
     return weights
 
 

@@ -95,6 +95,9 @@ class Deployable(nn.Module):
     def metadata(self) -> dict[str, Any]:
         """Facts for the program that runs the export, see :class:`Export`, without ``shape``."""
         meta = getattr(self.model, 'dataset_meta', None) or {}
+        head = getattr(self.model, 'decode_head', None)
+        # mmseg's, where one output stands for two classes.
+        threshold = head.threshold if getattr(head, 'out_channels', 0) == 1 else None
         return dict(
             task=self.task,
             classes=list(meta.get('classes') or ()),
@@ -103,7 +106,7 @@ class Deployable(nn.Module):
             std=self.std,
             normalize=self.normalize,
             step=self.step,
-        )
+        ) | ({} if threshold is None else {'threshold': threshold})
 
     def image_shape(
         self, size: int | Sequence[int] | None = None, batch: int = 1

@@ -7,6 +7,7 @@ position embedding, classifiers, the names of upstream's weights, and lean files
 from __future__ import annotations
 
 import io
+import json
 import math
 import os
 import warnings
@@ -536,7 +537,8 @@ def save_weights(weights: Mapping[str, Tensor], path: str | os.PathLike, **meta)
     Args:
         weights: Tensors by name. Other values are left out.
         path: A ``.safetensors`` file, or a ``.pth`` file with the weights under ``'state_dict'``.
-        **meta: Stored in a ``.pth`` file under ``'meta'``, and not in a ``.safetensors`` file.
+        **meta: Stored in a ``.pth`` file under ``'meta'``. A ``.safetensors`` file only has the
+            names and colours of ``dataset_meta``.
 
     Raises:
         ValueError: If the path has another suffix.
@@ -558,7 +560,11 @@ def save_weights(weights: Mapping[str, Tensor], path: str | os.PathLike, **meta)
             raise ImportError(
                 f'writing {path} needs the safetensors package: pip install safetensors'
             ) from error
-        data = save(weights, metadata={'format': 'pt'})
+        # JSON would turn the numbers of a label_map into text.
+        known = (meta.get('dataset_meta') or {}).items()
+        names = {key: value for key, value in known if key in ('classes', 'palette')}
+        facts = {'vrwkv': json.dumps({'dataset_meta': names})} if names else {}
+        data = save(weights, metadata={'format': 'pt', **facts})
     else:
         stream = io.BytesIO()
         torch.save({'state_dict': weights, 'meta': meta}, stream)

@@ -73,7 +73,7 @@ def read_bands(
     Returns:
         Values of shape ``(height, width, bands)``, uint8 as they are and others as float32, and
         whether each pixel is valid, of shape ``(height, width)``. In pixels where a band has the
-        file's nodata value all bands are 0.
+        file's nodata value, or which its mask or alpha channel hides, all bands are 0.
 
     Raises:
         ValueError: If there is no such band, if the file is damaged, or if a value is NaN or
@@ -85,12 +85,12 @@ def read_bands(
         raise ValueError(f'{raster.name} has the bands 1 to {raster.count}, not {bands}')
     try:
         values = raster.read(bands, window=window)
+        valid = _mask(raster, bands, window)
     except rasterio.errors.RasterioIOError as error:
         raise ValueError(
             f'cannot read the pixels of {raster.name}: the file may be truncated or damaged '
             f'({error.__cause__ or error})'
         ) from error
-    valid = np.ones(values.shape[1:], bool)
     for band, number in zip(values, bands, strict=True):
         nodata = raster.nodatavals[number - 1]
         if nodata is not None:
@@ -109,6 +109,18 @@ def read_bands(
             'write it into the file, for example: rio edit-info --nodata nan FILE'
         )
     return np.ascontiguousarray(values.transpose(1, 2, 0)), valid
+
+
+def _mask(raster: DatasetReader, bands: list[int], window: Window | None) -> np.ndarray:
+    """Read the mask of a raster, such as an orthophoto's; nodata values are not part of it."""
+    enums = import_rasterio().enums
+    flags = raster.mask_flag_enums[0]
+    alpha = {n for n, kind in enumerate(raster.colorinterp, 1) if kind == enums.ColorInterp.alpha}
+    # An alpha channel among the bands holds values: rasters of four bands are often saved as RGBA.
+    if enums.MaskFlags.per_dataset in flags and not alpha & set(bands):
+        return raster.dataset_mask(window=window) != 0
+    height, width = raster.shape if window is None else (window.height, window.width)
+    return np.ones((height, width), bool)
 
 
 def windows(height: int, width: int, side: int) -> Iterator[Window]:

@@ -158,6 +158,7 @@ def test_where_config_and_weights_come_from(demo):
         (('image.png', 'none.py'), 'config none.py does not exist'),
         (('none.png', TINY), 'image none.png does not exist'),
         (('text.png', TINY), 'text.png is no image that OpenCV'),
+        (('empty.png', TINY), 'empty.png is no image that OpenCV'),
         (('image.png', 'other.py'), "has the default_scope 'mmpose', not one of"),
         (('image.png', 'other.py', '--pretrained'), 'no released weights of other.py'),
         (('image.png', TINY, '--pretrained', 'text.png'), 'is not a PyTorch checkpoint'),
@@ -167,6 +168,7 @@ def test_where_config_and_weights_come_from(demo):
 def test_mistakes(args, message, run, image, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path('text.png').write_text('no image')
+    Path('empty.png').touch()
     Path('other.py').write_text("default_scope = 'mmpose'")
     with pytest.raises(SystemExit, match=r'^error: ') as caught:
         run(*args)

@@ -17,6 +17,7 @@ import vrwkv_seg  # noqa: F401
 from vrwkv.analysis.models import load_model
 from vrwkv.backbones import VRWKV, VRWKV6, ViT, VRWKVAdapter
 from vrwkv.engine import cli
+from vrwkv_seg import rasters
 
 CONFIG = 'configs/segmentation/upernet_vrwkv-adapter-nano_1xb8-1k_digit-rasters-96x96.py'
 TRANSFORM = rasterio.transform.from_origin(500_000, 5_400_000, 0.5, 0.5)
@@ -157,6 +158,38 @@ def test_weights_for_three_bands_serve_others(kind, arguments):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_four_bands_of_floating_point_need_the_loader_of_rasters(tmp_path):
+    """Saved as RGBA, as rasters of four bands often are."""
+    values = np.full((4, 8, 8), 0.5, np.float32)
+    path = write(tmp_path / 'a.tif', values, photometric='RGB', alpha='yes')
+    load = TRANSFORMS.build(dict(type='LoadImageFromFile'))
+    with pytest.raises(ValueError, match=r'a\.tif has .* cannot turn into 8 bits'):
+        load(dict(img_path=str(path)))
+
+
+@pytest.mark.parametrize('kind', ['mask', 'alpha', 'four bands'])
+def test_masks_of_the_file_hide_pixels(kind, tmp_path):
+    """A mask, and an alpha channel that is none of the bands that are read."""
+    values = np.full((3 if kind == 'mask' else 4, 8, 8), 9, np.uint8)
+    shown = np.arange(64).reshape(8, 8) % 8 > 2
+    with rasterio.open(
+        tmp_path / 'a.tif', 'w', 'GTiff', 8, 8, len(values), dtype='uint8', photometric='RGB',
+        transform=TRANSFORM, **({} if kind == 'mask' else {'alpha': 'yes'}),
+    ) as file:  # fmt: skip
+        if kind == 'mask':
+            file.write_mask(shown)
+        else:
+            values[3] = 255 * shown
+        file.write(values)
+    bands = None if kind == 'four bands' else (3, 2, 1)
+    with rasters.open_raster(tmp_path / 'a.tif') as file:
+        assert file.colorinterp[-1].name == ('blue' if kind == 'mask' else 'alpha')
+        for window in (None, rasterio.windows.Window(2, 1, 4, 5)):
+            _, valid = rasters.read_bands(file, bands, window)
+            part = shown if window is None else shown[1:6, 2:6]
+            assert np.array_equal(valid, part if bands else np.ones_like(part))
+
+
 # --- docs/rasters.md ----------------------------------------------------------------------------
 
 
@@ -270,6 +303,27 @@ def blended(tool, repository, checkpoint, raster, step=64, overlap=32):
         total[:, top:bottom, left:right] += weight * predictor(part).numpy()
         weights[top:bottom, left:right] += weight
     return total / weights
+
+
+def test_one_output_for_two_classes(tool, repository, raster, tmp_path):
+    """As in mmseg: class 1 begins at the threshold of the head, and not at a half."""
+    config, checkpoint = tmp_path / 'binary.py', tmp_path / 'binary.pth'
+    loss = "dict(type='CrossEntropyLoss', use_sigmoid=True, class_weight=None)"
+    config.write_text(f"""
+_base_ = [{str(repository / CONFIG)!r}]
+head = dict(num_classes=2, out_channels=1, threshold=0.3, loss_decode={loss})
+model = dict(decode_head=head, auxiliary_head=head)
+""")
+    model = load_model(Config.fromfile(config))
+    torch.nn.init.normal_(model.decode_head.conv_seg.weight)
+    torch.save(dict(state_dict=model.state_dict()), checkpoint)
+    out, probabilities = tmp_path / 'map.tif', tmp_path / 'p.tif'
+    files = [str(path) for path in (config, checkpoint, raster, out)]
+    assert tool.main([*files, '--overlap', '32', '--probabilities', str(probabilities)]) == 0
+    labels, probability = read(out)[0], read(probabilities)[1] / 255
+    sure = (labels != 255) & (abs(probability - 0.3) > 1 / 255)
+    assert np.array_equal(labels[sure], (probability > 0.3)[sure])
+    assert (sure & (probability > 0.3) & (probability < 0.5)).any()
 
 
 def test_values_of_more_bits_than_the_pipeline_loads(

@@ -317,6 +317,8 @@ def test_converter_of_detection_and_segmentation(name, tmp_path, run_tool):
         dict(meta=meta, state_dict=weights, optimizer=dict(a=torch.ones(9))), tmp_path / 'in.pth'
     )
     run_tool('convert_upstream', tmp_path / 'in.pth', tmp_path / 'out.safetensors')
+    names = dict(classes=['a', 'b'], palette=[[1, 2, 3], [4, 5, 6]])
+    assert read_checkpoint(tmp_path / 'out.safetensors')['meta'] == dict(dataset_meta=names)
     written = load_file(tmp_path / 'out.safetensors')
     assert set(written) == set(weights)
     assert all(torch.equal(written[key], value) for key, value in weights.items())

@@ -133,6 +133,12 @@ def test_limit_and_split(browse, tmp_path):
     assert not (tmp_path / 'out').exists()
 
 
+def test_configs_without_hooks_and_visualizer(browse, task):
+    """As for training."""
+    status, out = browse(more='default_hooks = custom_hooks = visualizer = None')
+    assert status == 0 and 'no sheet: the config has no visualizer' in out
+
+
 def test_every_problem_of_a_set_is_listed(browse, task):
     """Not the first alone: a file that is no image, and one of four bands; training is good."""
     paths = sorted((browse.root / 'val').rglob('*.png'))

@@ -174,6 +174,20 @@ def test_truncated_anywhere(old_format, tmp_path):
             load(path)
 
 
+@pytest.mark.parametrize('wrap', ['averaged', 'compiled', 'both'])
+def test_weights_of_wrapped_models(wrap, tmp_path):
+    model = torch.nn.Linear(2, 1)
+    wrapped = model
+    if wrap != 'averaged':
+        wrapped = torch.compile(wrapped)
+    if wrap != 'compiled':
+        wrapped = torch.optim.swa_utils.AveragedModel(wrapped)
+    torch.save(wrapped.state_dict(), tmp_path / 'w.pth')
+    weights = read_checkpoint(tmp_path / 'w.pth')['state_dict']
+    assert set(weights) == {'weight', 'bias'}
+    assert torch.equal(weights['weight'], model.weight)
+
+
 def test_another_library_ends_its_own_permission(tmp_path):
     """As timm does when it has read a file."""
     torch.save(dict(model=dict(a=torch.ones(1)), args=Namespace(lr=0.1)), tmp_path / 'in.pth')

@@ -162,6 +162,8 @@ def test_loaders_without_workers(toy_config, final_config):
         '[(1,2),(a,True)]': [(1, 2), ('a', True)],
         'data/dict(1)': 'data/dict(1)',
         '/my runs/x.pth': '/my runs/x.pth',
+        "['traffic light', '1', 2]": ['traffic light', '1', 2],
+        '[a b,c]': ['ab', 'c'],
     }.items(),
 )  # fmt: skip
 def test_config_options(text, value, toy_config, final_config):
@@ -249,6 +251,17 @@ def test_out(toy_config, weights, tmp_path):
             actual['score'], sample['score'].detach()
         )  # batches of other sizes
         assert actual['label'] == sample['label']
+
+
+def test_weights_that_do_not_fit_are_a_warning_on_the_screen(toy_config, weights, capsys):
+    """Mmengine prints it, and the quiet screen shows nothing that is printed."""
+    state = torch.load(weights, weights_only=True)
+    torch.save({'other' if key == 'head.bias' else key: x for key, x in state.items()}, weights)
+    cli.test([str(toy_config()), str(weights), '--work-dir', str(weights.with_name('w'))])
+    printed = capsys.readouterr()
+    assert 'WARNING: The model and loaded state dict do not match exactly' in (
+        printed.out + printed.err
+    )
 
 
 def test_out_must_be_a_pickle(toy_config, weights):

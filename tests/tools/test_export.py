@@ -382,6 +382,19 @@ def test_other_tools(name, digits, tmp_path, load_script, capsys):
     assert run(np.zeros((1, 3, 32, 32), np.float32))[0].shape == (1, 10)
 
 
+@pytest.mark.parametrize('channels', [1, 3])
+def test_images_of_16_bits_and_of_one_channel(channels, load_script, tmp_path):
+    """Pillow alone would cut values at 255."""
+    values = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64) * 16
+    Image.fromarray(values).save(tmp_path / 'a.png')
+    metadata = dict(mean=[0.0] * channels, std=[1.0] * channels, step=32)
+    tool = load_script('tools/deployment/run_exported.py')
+    batch = tool.read(tmp_path / 'a.png', metadata, None)[1]
+    np.testing.assert_array_equal(batch[0], [values // 256] * channels)
+    with pytest.raises(ValueError, match='the model takes 4 channels'):
+        tool.read(tmp_path / 'a.png', dict(mean=[0.0] * 4), None)
+
+
 def test_tool_errors(digits, tmp_path, load_script):
     line = [str(digits / 'digits.py'), str(tmp_path / 'no.pth'), str(tmp_path / 'a.onnx')]
     with pytest.raises(SystemExit, match=r'^Error: .*no\.pth'):

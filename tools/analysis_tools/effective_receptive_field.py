@@ -16,13 +16,14 @@ import cv2
 import numpy as np
 import torch
 from mmengine.config import Config
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor, nn
 
 from vrwkv.analysis import area_of_share, effective_receptive_field, input_channels
 from vrwkv.analysis.drawing import picture
 from vrwkv.analysis.models import load_model, read_config
 from vrwkv.analysis.report import write_results
+from vrwkv.checkpoint import CheckpointError
 from vrwkv_ops.benchmarking import markdown_table
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs/classification'
@@ -72,20 +73,15 @@ def read_images(
 
 def _read(path: Path, size: int, channels: int) -> np.ndarray:
     """Read an image and scale it to a square."""
-    if channels not in (1, 3):
-        pixels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
-        if pixels is None:
-            raise ValueError(f"'{path}' cannot be read as an image")
-        found = 1 if pixels.ndim == 2 else pixels.shape[2]
-        if found != channels:
-            raise ValueError(f"'{path}' has {found} channels, the model takes {channels}")
-        return cv2.resize(pixels, (size, size), interpolation=cv2.INTER_AREA)
-    try:
-        image = Image.open(path).convert('RGB' if channels == 3 else 'L')
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"'{path}' cannot be read as an image: {error}") from error
-    pixels = np.array(image.resize((size, size), Image.Resampling.BICUBIC))
-    return pixels[..., ::-1] if channels == 3 else pixels[..., None]
+    kinds = {1: cv2.IMREAD_GRAYSCALE, 3: cv2.IMREAD_COLOR}
+    pixels = cv2.imread(str(path), kinds.get(channels, cv2.IMREAD_UNCHANGED))
+    if pixels is None:
+        raise ValueError(f"'{path}' cannot be read as an image")
+    pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+    if pixels.shape[2] != channels:
+        raise ValueError(f"'{path}' has {pixels.shape[2]} channels, the model takes {channels}")
+    pixels = cv2.resize(pixels, (size, size), interpolation=cv2.INTER_AREA)
+    return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
 def _with_channels(image: np.ndarray, channels: int) -> np.ndarray:
@@ -217,7 +213,7 @@ def main(argv: list[str] | None = None) -> None:
             channels = input_channels(model)
             images = read_images(args.images, args.count, args.size, args.seed, channels)
             fields[name] = measure(model, images)
-    except (FileNotFoundError, ValueError) as error:
+    except (CheckpointError, FileNotFoundError, ValueError) as error:
         sys.exit(f'Error: {error}')
     header = ('model', 'area of 50 %', 'area of 90 %', 'above the centre', 'below the centre')
     rows = [

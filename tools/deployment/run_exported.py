@@ -19,11 +19,17 @@ from vrwkv.exported import load_exported
 
 def read(path: Path, metadata: dict, shape: list[int] | None) -> tuple[Image.Image, np.ndarray]:
     """Read an image in the size that the model takes, and the batch of it."""
-    image = ImageOps.exif_transpose(Image.open(path)).convert('RGB')
+    image = ImageOps.exif_transpose(Image.open(path))
+    if image.mode.startswith('I'):  # 16 bits, which Pillow would cut at 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    channels = len(metadata.get('mean') or 'RGB')
+    if channels not in (1, 3):
+        raise ValueError(f'the model takes {channels} channels, and images here have 1 or 3')
+    image = image.convert('L' if channels == 1 else 'RGB')
     step = max(32, metadata.get('step', 1))
     size = [max(1, round(side / step)) * step for side in image.size]
     image = image.resize(size if shape is None else (shape[3], shape[2]), Image.BILINEAR)
-    array = np.asarray(image, np.float32)
+    array = np.asarray(image, np.float32).reshape(*image.size[::-1], channels)
     if not metadata.get('normalize') and metadata.get('mean'):
         array = (array - np.float32(metadata['mean'])) / np.float32(metadata['std'])
     return image, np.ascontiguousarray(array.transpose(2, 0, 1)[None], np.float32)
@@ -49,7 +55,10 @@ def draw(image: Image.Image, output: np.ndarray, metadata: dict, out: Path) -> s
             return f'{name(best[0])}, probability {scores[best[0]]:.3f}'
         right.axis('off')
         if metadata['task'] == 'segmentation':
-            labels = output[0].argmax(0)
+            if 'threshold' in metadata:
+                labels = (1 / (1 + np.exp(-output[0, 0])) > metadata['threshold']).astype(int)
+            else:
+                labels = output[0].argmax(0)
             palette = np.array(metadata.get('palette') or [], np.uint8)
             right.imshow(palette[labels] if len(palette) > labels.max() else labels)
             share = np.bincount(labels.ravel()) / labels.size

@@ -33,7 +33,12 @@ class ConfigOption(DictAction):
     def _parse_iterable(val: str) -> Any:
         try:
             tree = ast.parse(val.strip(), mode='eval')
-            if any(isinstance(node, (ast.Call, ast.Dict)) for node in ast.walk(tree)):
+            nodes = list(ast.walk(tree))
+            # mmengine would remove the spaces of quoted strings in lists and make them numbers.
+            is_quoted = not isinstance(tree.body, ast.Constant) and any(
+                isinstance(node, ast.Constant) and isinstance(node.value, str) for node in nodes
+            )
+            if is_quoted or any(isinstance(node, (ast.Call, ast.Dict)) for node in nodes):
                 return ast.literal_eval(_Dicts().visit(tree))
         except (SyntaxError, ValueError):
             pass  # a string without quotes

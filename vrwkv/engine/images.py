@@ -148,6 +148,12 @@ def require_readable(path: str, header: ImageHeader, color_type: str, backend: s
         ValueError: If it would not.
     """
     unchanged = color_type == 'unchanged'
+    if not unchanged and header.dtype not in ('uint8', 'uint16'):
+        raise ValueError(
+            f'{path} has {header}, which color_type={color_type!r} cannot turn into 8 bits: load '
+            "it with color_type='unchanged' and give the data_preprocessor mean and std in its "
+            'units, or scale its values to 0 to 255 and save it as uint8'
+        )
     most = 4 if unchanged else 3
     alpha = header.alpha
     if alpha and header.dtype != 'uint8' and not unchanged:
@@ -169,12 +175,6 @@ def require_readable(path: str, header: ImageHeader, color_type: str, backend: s
             + ', and set in_channels of the backbone, and mean and std of the data_preprocessor, '
             f'to {header.bands + header.alpha} bands. For a model of three bands, write three of '
             'them to a file'
-        )
-    if not unchanged and header.dtype not in ('uint8', 'uint16'):
-        raise ValueError(
-            f'{path} has {header}, which color_type={color_type!r} cannot turn into 8 bits: load '
-            "it with color_type='unchanged' and give the data_preprocessor mean and std in its "
-            'units, or scale its values to 0 to 255 and save it as uint8'
         )
 
 

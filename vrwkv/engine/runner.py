@@ -213,13 +213,18 @@ class VRWKVRunner(Runner):
         Returns:
             dict: The checkpoint.
         """
-        if self._training is None or self._training[0] != filename:
-            return super().load_checkpoint(filename, map_location, strict, list(revise_keys))
-        (_, checkpoint), self._training = self._training, None
+        if self._training is not None and self._training[0] == filename:
+            (_, checkpoint), self._training = self._training, None
+        else:
+            checkpoint = CheckpointLoader.load_checkpoint(filename, map_location)
         self.call_hook('after_load_checkpoint', checkpoint=checkpoint)
         model = self.model.module if is_model_wrapper(self.model) else self.model
-        _load_checkpoint_to_model(model, checkpoint, strict, revise_keys=list(revise_keys))
+        # Without a logger mmengine prints which weights do not fit, and the quiet screen hides it.
+        _load_checkpoint_to_model(
+            model, checkpoint, strict, logger=self.logger, revise_keys=list(revise_keys)
+        )
         self._has_loaded = True
+        self.logger.info(f'Load checkpoint from {filename}')
         return checkpoint
 
     def _maybe_compile(self, target: str) -> None:

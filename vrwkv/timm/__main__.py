@@ -7,7 +7,7 @@ from pathlib import Path
 
 def main() -> None:
     """Run the script that the command line names, with its arguments."""
-    if len(sys.argv) < 2:
+    if len(sys.argv) < 2 or not Path(sys.argv[1]).is_file():
         sys.exit(
             'usage: python -m vrwkv.timm SCRIPT [ARGUMENT ...], such as train.py or validate.py'
         )
