@@ -371,11 +371,13 @@ def main(argv: list[str] | None = None) -> int:
             browser.look(args.limit, args.samples)
             print(f'\n## {split}\n{browser.report()}')
             found += len(browser.problems)
-            if browser.samples and args.samples and not cfg.get('visualizer'):
-                print('no sheet: the config has no visualizer')
-            elif browser.samples and args.samples:
+            if not (browser.samples and args.samples):
+                continue
+            if cfg.get('visualizer'):
                 browser.draw(out / f'{split}.png', cfg.visualizer)
                 print(f'sheet: {out / f"{split}.png"}')
+            else:
+                print('no sheet: the config has no visualizer')
     return int(found > 0)
 
 

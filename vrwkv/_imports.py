@@ -39,13 +39,13 @@ def explain_missing(package: str, extra: str, brings: tuple[str, ...]) -> Iterat
                 name=error.name,
             ) from error
         # In the root of the checkout, the folder vrwkv_ops counts as an empty package of that name.
-        packages = f"pip install -e '.[{extra}]'"
-        if 'onedl-mmcv' in installed():  # the extra would install the original packages over these
-            packages = f'pip install {ONEDL}'
         remedies = {
-            **dict.fromkeys(brings, packages),
+            **dict.fromkeys(brings, f"pip install -e '.[{extra}]'"),
             'vrwkv_ops': 'pip install ./vrwkv_ops',
         }
+        if 'onedl-mmcv' in installed():  # the extra would install the original packages over these
+            for name in brings:
+                remedies[name] = f'pip install {ONEDL if name.startswith("mm") else name}'
         if error.name not in remedies:
             raise
         raise ImportError(

@@ -96,8 +96,7 @@ class Deployable(nn.Module):
         """Facts for the program that runs the export, see :class:`Export`, without ``shape``."""
         meta = getattr(self.model, 'dataset_meta', None) or {}
         head = getattr(self.model, 'decode_head', None)
-        # mmseg's, where one output stands for two classes.
-        threshold = head.threshold if getattr(head, 'out_channels', 0) == 1 else None
+        is_binary = getattr(head, 'out_channels', 0) == 1  # one output of mmseg for two classes
         return dict(
             task=self.task,
             classes=list(meta.get('classes') or ()),
@@ -106,7 +105,8 @@ class Deployable(nn.Module):
             std=self.std,
             normalize=self.normalize,
             step=self.step,
-        ) | ({} if threshold is None else {'threshold': threshold})
+            threshold=head.threshold if is_binary else None,
+        )
 
     def image_shape(
         self, size: int | Sequence[int] | None = None, batch: int = 1
@@ -177,8 +177,9 @@ class Export:
         form: The form of Bi-WKV in it, see :func:`vrwkv_ops.decompositions`; ``'operators'`` if the
             graph has the operators of vrwkv_ops.
         metadata: Facts for the program that runs it: ``task``, ``classes``, ``palette``,
-            ``mean``, ``std``, ``normalize``, ``step`` (H and W are multiples of it), ``shape``
-            (None for any).
+            ``mean``, ``std``, ``normalize``, ``step`` (H and W are multiples of it),
+            ``threshold`` (of the probability of class 1, where one output stands for two classes;
+            else None), ``shape`` (None for any).
         path: The file; None for :func:`export_program` without one.
         errors: For each shape that was compared, the largest difference from PyTorch, relative to
             the largest output.

@@ -20,6 +20,6 @@ with explain_missing(
     patches.keep_scope_of_mmpretrain()
     patches.check_images('mmpretrain')
     patches.suggest_model_names()
-    index = index_folder() / 'configs/classification/metafile.yml'
-    ModelHub.register_model_index(index, index_folder())
+    folder = index_folder()
+    ModelHub.register_model_index(folder / 'configs/classification/metafile.yml', folder)
     register_flop_handlers()

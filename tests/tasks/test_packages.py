@@ -143,6 +143,11 @@ def test_remedies_where_the_onedl_forks_are_installed(monkeypatch):
         explain_missing('vrwkv_det', 'detection', ('mmdet',)),
     ):
         raise ModuleNotFoundError("No module named 'mmdet'", name='mmdet')
+    with (
+        pytest.raises(ImportError, match=r'checkout: pip install onnx$'),
+        explain_missing('to_onnx', 'deployment', ('onnx',)),
+    ):
+        raise ModuleNotFoundError("No module named 'onnx'", name='onnx')
 
 
 def test_other_errors_of_an_import_stay_as_they_are():

@@ -164,6 +164,7 @@ def test_loaders_without_workers(toy_config, final_config):
         '/my runs/x.pth': '/my runs/x.pth',
         "['traffic light', '1', 2]": ['traffic light', '1', 2],
         '[a b,c]': ['ab', 'c'],
+        "'a','b'": ['a', 'b'],
     }.items(),
 )  # fmt: skip
 def test_config_options(text, value, toy_config, final_config):

@@ -77,11 +77,11 @@ def _read(path: Path, size: int, channels: int) -> np.ndarray:
     pixels = cv2.imread(str(path), kinds.get(channels, cv2.IMREAD_UNCHANGED))
     if pixels is None:
         raise ValueError(f"'{path}' cannot be read as an image")
-    pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+    pixels = cv2.resize(pixels, (size, size), interpolation=cv2.INTER_AREA)
+    pixels = pixels.reshape(size, size, -1)
     if pixels.shape[2] != channels:
         raise ValueError(f"'{path}' has {pixels.shape[2]} channels, the model takes {channels}")
-    pixels = cv2.resize(pixels, (size, size), interpolation=cv2.INTER_AREA)
-    return pixels[..., None] if pixels.ndim == 2 else pixels
+    return pixels
 
 
 def _with_channels(image: np.ndarray, channels: int) -> np.ndarray:

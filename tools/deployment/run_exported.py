@@ -55,7 +55,7 @@ def draw(image: Image.Image, output: np.ndarray, metadata: dict, out: Path) -> s
             return f'{name(best[0])}, probability {scores[best[0]]:.3f}'
         right.axis('off')
         if metadata['task'] == 'segmentation':
-            if 'threshold' in metadata:
+            if metadata.get('threshold') is not None:
                 labels = (1 / (1 + np.exp(-output[0, 0])) > metadata['threshold']).astype(int)
             else:
                 labels = output[0].argmax(0)

@@ -35,7 +35,7 @@ class ConfigOption(DictAction):
             tree = ast.parse(val.strip(), mode='eval')
             nodes = list(ast.walk(tree))
             # mmengine would remove the spaces of quoted strings in lists and make them numbers.
-            is_quoted = not isinstance(tree.body, ast.Constant) and any(
+            is_quoted = val.strip().startswith(('(', '[')) and any(
                 isinstance(node, ast.Constant) and isinstance(node.value, str) for node in nodes
             )
             if is_quoted or any(isinstance(node, (ast.Call, ast.Dict)) for node in nodes):

@@ -148,16 +148,15 @@ def _plan_cuda(env: Mapping[str, str], machine: Machine, force: bool) -> Part:
             f'torch {machine.torch} is a build without CUDA',
             'Install a CUDA build of torch, then reinstall',
         )
+    problem = ''
     if machine.cuda_home is None:
+        problem = 'no nvcc was found'
+    elif machine.nvcc_cuda and _release(machine.nvcc_cuda)[0] != _release(machine.torch_cuda)[0]:
+        problem = f'nvcc is of CUDA {machine.nvcc_cuda}, and torch of {machine.torch_cuda}'
+    if problem:
         return Part(
             False,
-            'no nvcc was found',
-            f'Install CUDA toolkit {machine.torch_cuda} or point CUDA_HOME to it, then reinstall',
-        )
-    if machine.nvcc_cuda and _release(machine.nvcc_cuda)[0] != _release(machine.torch_cuda)[0]:
-        return Part(
-            False,
-            f'nvcc is of CUDA {machine.nvcc_cuda}, and torch of {machine.torch_cuda}',
+            problem,
             f'Install CUDA toolkit {machine.torch_cuda} or point CUDA_HOME to it, then reinstall',
         )
     if not machine.gpu_archs and not force:
