@@ -154,8 +154,12 @@ def run(image: str, model: str, pretrained: str | bool, device: str, out: Path) 
     if scope not in TASKS:
         raise ValueError(f'{config} has the default_scope {scope!r}, not one of {list(TASKS)}')
     # The libraries name a picture after the image's file name without its folders.
-    with tempfile.TemporaryDirectory() as folder:
-        text = TASKS[scope](config, weights, device, image, Path(folder))
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as links:
+        source = image
+        if not cv2.haveImageWriter(image):  # they write in the image's own format
+            source = os.path.join(links, 'image.png')
+            os.symlink(os.path.abspath(image), source)
+        text = TASKS[scope](config, weights, device, source, Path(folder))
         drawn = next(path for path in Path(folder).rglob('*.*') if path.is_file())
         picture = picture_path(Path(image), out / config.stem, drawn.suffix)
         picture.parent.mkdir(parents=True, exist_ok=True)

@@ -111,6 +111,11 @@ def test_segmentation(run, image, tmp_path):
     shares = [float(share) for share in re.findall(r'([\d.]+)%  thing-\d+\n', text)]
     assert sum(shares) == pytest.approx(100, abs=0.06)  # eleven numbers of two digits
     assert Image.open(picture).size == (96, 64)
+    # OpenCV reads, but does not write, files of this name.
+    foreign = image.rename(tmp_path / 'image.jfif')
+    again, picture = run(foreign, config, '--pretrained', tmp_path / 'weights.pth')
+    assert again == text
+    assert picture.name == 'image.jfif.png'
 
 
 @pytest.mark.parametrize('task', ['classification', 'detection', 'segmentation'])

@@ -44,12 +44,17 @@ def main(argv: list[str] | None = None) -> None:
         '--evaluation', type=int, default=1000, help='images to compare (default: %(default)s)'
     )
     args = command.parse_args(argv)
-    export = run(to_onnx, args, opset=args.opset)
-    if args.int8:
-        try:
+    try:
+        if args.int8 and not read_config(args.config).get('val_dataloader'):
+            raise ValueError(
+                f'--int8 reads images of the validation set, and {args.config} has no '
+                'val_dataloader: add one to a copy of it'
+            )
+        export = run(to_onnx, args, opset=args.opset)
+        if args.int8:
             quantise(export, args.config, args.calibration, args.evaluation)
-        except ERRORS as error:
-            sys.exit(f'Error: {error}')
+    except ERRORS as error:
+        sys.exit(f'Error: {error}')
 
 
 if __name__ == '__main__':
