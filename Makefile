@@ -8,7 +8,7 @@ VENV ?= $(if $(filter onedl,$(OPENMMLAB)),.venv-onedl,.venv)
 
 RUN := $(VENV)/bin/python
 INSTALL = $(PYTHON) requirements/install.py --venv $(VENV) --openmmlab $(OPENMMLAB)
-CXX_FILES = $(shell find vrwkv_ops/csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES = $(shell find vrwkv_ops/csrc tests tools -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 SHELL_FILES = .ci/run $(wildcard tools/*.sh)
 PYTEST_ARGS ?=
 GPU_ARGS ?=

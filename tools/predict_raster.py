@@ -139,7 +139,7 @@ def require_fit(predictor: Predictor, raster) -> None:
         )
 
 
-def largest_side(predictor: Predictor, memory: int, overlap: int, device: str) -> int:
+def largest_side(predictor: Predictor, memory: int, overlap: int, device: torch.device) -> int:
     """Find the largest window that fits into memory, by two trials.
 
     Args:
@@ -156,7 +156,7 @@ def largest_side(predictor: Predictor, memory: int, overlap: int, device: str) -
     """
     smallest = TILE + overlap
     for side in (smallest, 2 * smallest):
-        if device == 'cpu':
+        if device.type == 'cpu':
             with contextlib.suppress(OSError):  # the peak starts anew, on Linux
                 Path('/proc/self/clear_refs').write_text('5')
         else:
@@ -350,7 +350,7 @@ def assemble(
 def run(args: argparse.Namespace) -> None:
     """Predict the raster."""
     rasterio = import_rasterio()
-    device = torch.device(args.device).type
+    device = torch.device(args.device)
     outputs = [args.output, *([args.probabilities] if args.probabilities else [])]
     for path in outputs:
         if path.exists():

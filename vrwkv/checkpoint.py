@@ -142,6 +142,7 @@ def read_checkpoint(
         FileNotFoundError: If there is no such file.
         CheckpointError: If the file is truncated, not a checkpoint, holds objects that
             ``weights_only`` refuses, or holds no weights.
+        ImportError: If it is a ``.safetensors`` file and that package is not installed.
     """
     if isinstance(file, (str, os.PathLike)):
         file = Path(file).expanduser()

@@ -29,6 +29,7 @@ from vrwkv_ops.decomposition import CHUNK, FORMS, decompositions
 
 from ._imports import explain_missing
 from .exported import Runner, load_exported, on_arrays
+from .weights import input_channels
 
 OPSETS = (18, 20)  # the oldest that PyTorch writes; the oldest with all operators of the adapters
 # Largest total decay, abs(w) * T, of the forms with one frame for the whole image.
@@ -47,6 +48,9 @@ class Deployable(nn.Module):
         model: A classifier, segmentor or detector of OpenMMLab, or a backbone.
         normalize: Whether the model subtracts the mean from its images and divides them by the
             standard deviation. The images then are RGB with values from 0 to 255.
+
+    Raises:
+        ValueError: If ``normalize`` is set and the model has no mean and standard deviation.
 
     Attributes:
         task: ``'classification'``, with an output ``scores`` (logits) of shape (B, classes);
@@ -116,8 +120,6 @@ class Deployable(nn.Module):
         Raises:
             ValueError: If the model does not take images of the size.
         """
-        from .analysis import input_channels
-
         if size is None:
             default = getattr(self.backbone, 'img_size', 224)
             size = {'segmentation': 512, 'classification': default}.get(
@@ -435,7 +437,12 @@ def quantize_onnx(
 def prepare(
     model: Any, weights: str | os.PathLike | None = None, normalize: bool = False
 ) -> Deployable:
-    """Build the model that the exporters trace; arguments as for :func:`export_program`."""
+    """Build the model that the exporters trace; arguments as for :func:`export_program`.
+
+    Raises:
+        TypeError: If the weights are half precision.
+        ValueError: If weights are given for a model that is built already.
+    """
     if isinstance(model, nn.Module):
         if weights is not None:
             raise ValueError('weights belong to a config; load them into the model yourself')
@@ -493,7 +500,7 @@ def _choose_form(
             f'{layer}.spatial_decay reaches {largest:.0f}, and the chunked form holds up to '
             f'{CHUNK_LIMIT * tokens // CHUNKS[-1]} for {tokens} tokens: export '
             f'{"for one size" if dynamic else "larger images"}, or '
-            "use form='operators' with export_aoti"
+            "use form='operators' with to_aoti (tools/deployment/export_aoti.py)"
         )
     if form == 'auto' and not causal:
         warnings.warn(

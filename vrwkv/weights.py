@@ -331,6 +331,20 @@ def fit_channels(module: nn.Module, state_dict: dict[str, Tensor], prefix: str =
             )
 
 
+def input_channels(model: nn.Module) -> int:
+    """Return the number of image channels of a model: those of its backbone's first convolution.
+
+    Args:
+        model: A backbone, or a model with a ``backbone``.
+
+    Returns:
+        The number of channels; 3 for a model without a convolution.
+    """
+    backbone = getattr(model, 'backbone', None)
+    modules = (backbone if isinstance(backbone, nn.Module) else model).modules()
+    return next((m.in_channels for m in modules if isinstance(m, nn.Conv2d)), 3)
+
+
 # --- classifiers --------------------------------------------------------------------------------
 
 

@@ -3,9 +3,12 @@
 import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / 'build_tools'))
-from kernels import BuildKernels, Wheel, placeholders
+from kernels import BuildKernels, Wheel
 
-setup(ext_modules=placeholders(), cmdclass={'build_ext': BuildKernels, 'bdist_wheel': Wheel})
+setup(
+    ext_modules=[Extension('vrwkv_ops.kernels', [])],  # makes setuptools run BuildKernels
+    cmdclass={'build_ext': BuildKernels, 'bdist_wheel': Wheel},
+)

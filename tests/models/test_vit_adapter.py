@@ -184,6 +184,7 @@ def test_loads_mmpretrain_weights():
         (dict(window_block_indexes=[4]), ValueError, r'must lie in \[0, 3\] for depth=4'),
         (dict(window_size=0), ValueError, 'window_size must be at least 1'),
         (dict(drop_path_rate=2), ValueError, 'drop_path_rate must lie in'),
+        (dict(mlp_ratio=0), ValueError, 'mlp_ratio must leave at least one hidden channel'),
     ],
 )
 def test_wrong_arguments(kwargs, error, message):

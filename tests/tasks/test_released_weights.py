@@ -330,7 +330,7 @@ def test_converter_of_detection_and_segmentation(name, tmp_path, run_tool):
         (('none.pth', 'out.pth'), r"'none\.pth' does not exist"),
         (('resnet.pth', 'out.pth'), 'these are not the weights of a VRWKV'),
         (('tiny.pth', 'out.bin'), r'out\.bin must end in \.safetensors or \.pth'),
-        (('tiny.pth', 'out.pth', '--ema'), 'does not have weights and a moving average'),
+        (('tiny.pth', 'out.pth', '--ema'), 'has no moving average'),
     ],
 )
 def test_converter_errors(args, message, tiny, tmp_path, monkeypatch, run_tool):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.fileio import PetrelBackend
 from mmengine.logging import HistoryBuffer
 from mmengine.model import BaseModule
 from mmengine.runner import CheckpointLoader
@@ -220,6 +221,23 @@ def test_streams(checkpoint, tmp_path):
     )
     with pytest.raises(CheckpointError, match=r"'s3://bucket/a\.pth' \(.*\) is truncated"):
         read_checkpoint(io.BytesIO(data[:-1]), name='s3://bucket/a.pth')
+
+
+def test_object_store(checkpoint, tmp_path, monkeypatch):
+    from safetensors.torch import save_file
+
+    save_file(WEIGHTS, tmp_path / 'good.safetensors')
+    (tmp_path / 'bad.safetensors').write_bytes(b'none')
+    monkeypatch.setattr(PetrelBackend, '__init__', lambda self, **kwargs: None)
+    monkeypatch.setattr(PetrelBackend, 'isfile', lambda self, path: True)
+    monkeypatch.setattr(
+        PetrelBackend, 'get', lambda self, path: (tmp_path / path[12:]).read_bytes()
+    )
+    for name in ('good.pth', 'good.safetensors'):
+        weights = load(f's3://bucket/{name}')['state_dict']
+        torch.testing.assert_close(weights, WEIGHTS, rtol=0, atol=0)
+    with pytest.raises(CheckpointError, match=r"'s3://bucket/bad\.safetensors' is truncated"):
+        load('s3://bucket/bad.safetensors')
 
 
 def test_init_cfg_and_load_from_use_it(checkpoint, tmp_path):

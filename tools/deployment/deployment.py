@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
-from mmengine.registry import DATASETS, DefaultScope, init_default_scope
+from mmengine.registry import DATASETS, DefaultScope
 from torch import Tensor
 
 from vrwkv.export import Deployable, Export
@@ -88,8 +88,7 @@ def images_of(
     Raises:
         ValueError: If an image does not have the size of a static model.
     """
-    init_default_scope(cfg.get('default_scope', 'mmengine'))
-    with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
+    with DefaultScope.overwrite_default_scope(cfg.get('default_scope', 'mmengine')):
         data = DATASETS.build(cfg.val_dataloader.dataset)
     number = min(number, len(data))
     for i in range(number):

@@ -30,8 +30,8 @@ def take_weights(checkpoint: Mapping, ema: bool) -> dict[str, Tensor]:
     """Return a checkpoint's weights under this project's names."""
     if ema and 'model_ema' not in checkpoint:
         raise CheckpointError(
-            "--ema: the checkpoint does not have weights and a moving average ('model_ema') beside "
-            'them: leave out --ema'
+            "--ema: the checkpoint has no moving average ('model_ema') beside its weights: leave "
+            'out --ema'
         )
     weights = checkpoint['model_ema' if ema else 'state_dict']
     weights = {name.removeprefix('module.'): value for name, value in weights.items()}

@@ -4,7 +4,8 @@ Importing this package changes nothing in mmengine; :func:`register_flop_handler
 :mod:`.drawing` needs matplotlib and is imported separately.
 """
 
-from .flops import Complexity, complexity, input_channels, register_flop_handlers
+from ..weights import input_channels
+from .flops import Complexity, complexity, register_flop_handlers
 from .receptive_field import area_of_share, effective_receptive_field
 
 __all__ = [

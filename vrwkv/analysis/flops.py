@@ -124,20 +124,6 @@ class Complexity(NamedTuple):
     operators: dict[str, int]  #: FLOPs of the whole model by operator, the largest first.
 
 
-def input_channels(model: nn.Module) -> int:
-    """Return the number of image channels of a model: those of its backbone's first convolution.
-
-    Args:
-        model: A backbone, or a model with a ``backbone``.
-
-    Returns:
-        The number of channels; 3 for a model without a convolution.
-    """
-    backbone = getattr(model, 'backbone', None)
-    modules = (backbone if isinstance(backbone, nn.Module) else model).modules()
-    return next((m.in_channels for m in modules if isinstance(m, nn.Conv2d)), 3)
-
-
 def complexity(model: nn.Module, inputs: Tensor | tuple[Tensor, ...]) -> Complexity:
     """Count parameters and FLOPs by tracing one forward pass.
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers import ResidualLayer
-from ..layers._checks import check_heads, check_int
+from ..layers._checks import check_heads, check_int, hidden_channels
 from ._plain import PlainBackbone
 
 # As in DeiT and mmpretrain.
@@ -98,7 +98,7 @@ class ViTLayer(ResidualLayer):
         with_cp: bool = False,
     ) -> None:
         super().__init__(embed_dims, drop_path, init_values, with_cp)
-        hidden_dims = int(embed_dims * mlp_ratio)
+        hidden_dims = hidden_channels('mlp_ratio', mlp_ratio, embed_dims)
         self.ln1 = nn.LayerNorm(embed_dims, eps=NORM_EPS)
         self.attn = Attention(embed_dims, num_heads, window_size)
         self.ln2 = nn.LayerNorm(embed_dims, eps=NORM_EPS)

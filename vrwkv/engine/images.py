@@ -83,18 +83,20 @@ def _tiff_header(tags: ImageFileDirectory_v2) -> ImageHeader:
 
 
 class CheckedLoadImageFromFile(LoadImageFromFile):
-    """mmcv's ``LoadImageFromFile``, with errors where it would drop bands or values.
+    """mmcv's ``LoadImageFromFile``, with an error where it would drop bands.
 
     mmcv makes three bands of 8 bits of every file unless ``color_type='unchanged'``: other bands
-    are lost, and 16-bit values are divided by 256. An alpha channel may be lost. Files in an object
-    store or on a server are not checked, since that would read them twice.
+    are lost, and 16-bit values are divided by 256. If that loses most of the differences, a warning
+    says so once. An alpha channel may be lost. Files in an object store or on a server are not
+    checked, since that would read them twice.
 
     Args:
         *args: As for :class:`mmcv.transforms.LoadImageFromFile`.
         **kwargs: As for :class:`mmcv.transforms.LoadImageFromFile`.
 
     Raises:
-        ValueError: If a file has more bands, or values of a wider range, than would be read.
+        ValueError: If a file has more bands than would be read, or values other than 8-bit and
+            16-bit numbers that would become 8-bit ones.
     """
 
     def __init__(self, *args, **kwargs) -> None:
@@ -165,8 +167,8 @@ def require_readable(path: str, header: ImageHeader, color_type: str, backend: s
     if bands > most or bands == 2:
         raise ValueError(
             f'{path} has {header}, but the {backend or "cv2"} backend with color_type='
-            f'{color_type!r} reads at most {most}, and not 2: the others would be lost. For a '
-            'model that takes them all, load them with '
+            f'{color_type!r} reads {"1, 3 or 4" if unchanged else "1 or 3"}. For a model that '
+            'takes all bands, load them with '
             + (
                 "imdecode_backend='tifffile', a transform of your own, or LoadRaster in mmseg"
                 if header.bands + header.alpha not in (3, 4)

@@ -61,7 +61,8 @@ def load_from_ceph(filename: str, map_location: Any = None, backend: str = 'petr
     from mmengine.fileio import get_file_backend
 
     store = get_file_backend(filename, backend_args={'backend': backend})
-    return read_checkpoint(io.BytesIO(store.get(filename)), map_location, filename)
+    with store.get_local_path(filename) as path:  # safetensors reads no stream
+        return read_checkpoint(path, map_location, filename)
 
 
 def load_url(

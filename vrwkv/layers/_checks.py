@@ -57,6 +57,28 @@ def check_number(name: str, value: object) -> None:
         raise TypeError(f'{name} must be a number, got {value!r}')
 
 
+def hidden_channels(name: str, ratio: object, embed_dims: int) -> int:
+    """Return the hidden channels of a feed-forward network, at least one.
+
+    Args:
+        name: The ratio's name, for the message.
+        ratio: Hidden channels per channel.
+        embed_dims: Channels of a token.
+
+    Raises:
+        TypeError: If ``ratio`` is not a number.
+        ValueError: If it leaves no hidden channel.
+    """
+    check_number(name, ratio)
+    channels = int(ratio * embed_dims)
+    if channels < 1:
+        raise ValueError(
+            f'{name} must leave at least one hidden channel of embed_dims={embed_dims}, '
+            f'got {ratio!r}'
+        )
+    return channels
+
+
 def check_rate(name: str, value: object) -> None:
     """Require a probability.
 

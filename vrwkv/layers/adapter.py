@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vrwkv_ops import ms_deform_attn
 
+from ._checks import hidden_channels
 from .drop_path import DropPath
 
 # As in ViT-Adapter; the plain backbone's own layer norms keep torch's default.
@@ -353,12 +354,7 @@ class Extractor(nn.Module):
         self.attn = attn
         self.ffn = None
         if cffn_ratio is not None:
-            hidden_dims = int(embed_dims * cffn_ratio)
-            if hidden_dims < 1:
-                raise ValueError(
-                    'cffn_ratio must leave at least one hidden channel of '
-                    f'embed_dims={embed_dims}, got {cffn_ratio!r}'
-                )
+            hidden_dims = hidden_channels('cffn_ratio', cffn_ratio, embed_dims)
             self.ffn = ConvFFN(embed_dims, hidden_dims)
             self.ffn_norm = nn.LayerNorm(embed_dims, eps=ADAPTER_NORM_EPS)
             self.drop_path = DropPath(drop_path)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vrwkv_ops import bi_wkv, sigmoid_gate, squared_relu
 
-from ._checks import check_choice, check_number
+from ._checks import check_choice, hidden_channels
 from .pieces import in_pieces
 from .recompute import Recompute, autocast_dtype
 from .token_shift import TokenShift
@@ -230,13 +230,7 @@ class ChannelMix(BaseMix):
     ) -> None:
         mixes = ('spatial_mix_k', 'spatial_mix_r')
         super().__init__(embed_dims, depth, layer_id, mixes, **kwargs)
-        check_number('hidden_rate', hidden_rate)
-        hidden_dims = int(hidden_rate * embed_dims)
-        if hidden_dims < 1:
-            raise ValueError(
-                f'hidden_rate must leave at least one hidden channel of embed_dims={embed_dims}, '
-                f'got {hidden_rate!r}'
-            )
+        hidden_dims = hidden_channels('hidden_rate', hidden_rate, embed_dims)
         self.key = nn.Linear(embed_dims, hidden_dims, bias=False)
         self.key_norm = nn.LayerNorm(hidden_dims) if key_norm else None
         self.receptance = nn.Linear(embed_dims, embed_dims, bias=False)

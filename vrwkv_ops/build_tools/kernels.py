@@ -26,7 +26,6 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from setuptools import Extension
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import SetupError
@@ -381,11 +380,6 @@ def link(objects: list[Path], target: Path, cuda: bool) -> None:
 
 
 # --- setuptools -------------------------------------------------------------------------------
-
-
-def placeholders() -> list[Extension]:
-    """Return an extension module that makes setuptools run :class:`BuildKernels`."""
-    return [Extension('vrwkv_ops.kernels', [])]
 
 
 class BuildKernels(build_ext):

@@ -112,7 +112,7 @@ class Peer:
             raise argparse.ArgumentTypeError(message) from error
         if not callable(getattr(module, function, None)):
             raise argparse.ArgumentTypeError(f'{path} has no function {function!r}')
-        self.text, self.name, self.function = text, name, getattr(module, function)
+        self.name, self.function = name, getattr(module, function)
 
 
 # --- Facts ------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Argument checks that all implementations share; they run first."""
+"""Argument checks that all implementations share."""
 
 from collections.abc import Sequence
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vrwkv_ops import pointwise
 from vrwkv_ops.checks import MAX_KEY, accumulation_dtype, shift_bounds
 
 #: The forms of Bi-WKV that :func:`decompositions` accepts.
@@ -67,8 +68,8 @@ def decompositions(form: str = 'auto', chunk: int = CHUNK) -> dict:
         ops.token_shift.default: _token_shift,
         ops.token_shift_forward.default: _token_shift,
         ops.ms_deform_attn.default: _ms_deform_attn,
-        ops.squared_relu.default: lambda x: F.relu(x).square(),
-        ops.sigmoid_gate.default: lambda r, x: r.sigmoid() * x,
+        ops.squared_relu.default: pointwise.squared_relu,
+        ops.sigmoid_gate.default: pointwise.sigmoid_gate,
     }
 
 

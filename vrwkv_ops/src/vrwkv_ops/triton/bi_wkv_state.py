@@ -14,6 +14,8 @@ multiply-adds nor on the order of a combine function's arguments.
 import triton
 import triton.language as tl
 
+from vrwkv_ops import checks
+
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634074)
 LN2: tl.constexpr = tl.constexpr(0.69314718055994530942)
 # ln(2) in two parts, the first of 9 bits: its product with an exponent of up to 15 bits is exact.
@@ -22,7 +24,7 @@ LN2_LOW: tl.constexpr = tl.constexpr(-2.121944400546905827679e-4)
 # The exponent of an empty sum: below any weight's, but finite, so that no difference is NaN.
 EMPTY: tl.constexpr = tl.constexpr(-1e12)
 # Keys and decays are clamped to these bounds.
-MAX_KEY: tl.constexpr = tl.constexpr(1e8)
+MAX_KEY: tl.constexpr = tl.constexpr(checks.MAX_KEY)
 MAX_DECAY: tl.constexpr = tl.constexpr(1e6)
 
 

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vrwkv_ops.checks import accumulation_dtype
+
 _ELEMENTS = 1024  # places times channels of a program
 
 
@@ -143,7 +145,7 @@ def _arguments(
     Raises:
         RuntimeError: If shapes, dtypes or devices do not fit.
     """
-    wide = torch.float64 if value.dtype == torch.float64 else torch.float32
+    wide = accumulation_dtype(value.dtype)
     if (
         value.dim() != 4
         or locations.shape != (*weights.shape, 2)
@@ -188,7 +190,11 @@ def ms_deform_attn(
 def ms_deform_attn_backward(
     grad: Tensor, value: Tensor, shapes: Sequence[int], locations: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run ``vrwkv_ops::ms_deform_attn_backward``."""
+    """Run ``vrwkv_ops::ms_deform_attn_backward``.
+
+    Raises:
+        RuntimeError: If shapes, dtypes or devices do not fit.
+    """
     tensors, sizes, tile = _arguments(value, shapes, locations, weights)
     expected = (*weights.shape[:2], value.shape[2] * value.shape[3])
     if grad.shape != expected or (grad.dtype, grad.device) != (value.dtype, value.device):
@@ -196,7 +202,7 @@ def ms_deform_attn_backward(
             f'ms_deform_attn_backward: expected a gradient of shape {expected}, dtype and device '
             f'of value, got {tuple(grad.shape)}, {grad.dtype}, {grad.device}'
         )
-    wide = torch.float64 if value.dtype == torch.float64 else torch.float32
+    wide = accumulation_dtype(value.dtype)
     sums = torch.zeros(value.shape, dtype=wide, device=value.device)
     glocations = torch.zeros(locations.shape, dtype=locations.dtype, device=value.device)
     gweights = torch.zeros(weights.shape, dtype=weights.dtype, device=value.device)
