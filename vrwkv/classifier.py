@@ -424,6 +424,7 @@ class VisionRWKV(
         names = ('revision', 'cache_dir', 'force_download', 'local_files_only', 'token')
         names += ('proxies', 'resume_download')  # of huggingface_hub before 1.0
         source = {name: kwargs.pop(name) for name in names if name in kwargs}
+        kwargs.pop('strict', None)  # the backbone's weights always have to fit
         model = cls(**kwargs)
         if os.path.isdir(model_id):
             path = Path(model_id, 'model.safetensors')

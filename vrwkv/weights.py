@@ -78,6 +78,8 @@ def require_fit(
             constructor arguments that differ, or else the shapes.
     """
     _require_family(module, state_dict, prefix, remedy)
+    if _is_part(module, state_dict, prefix):
+        return
     own, loaded = dict(module.named_parameters()), _below(state_dict, prefix)
     ours, theirs = _arguments(own), _arguments(loaded)
     differing = [
@@ -173,8 +175,9 @@ def _require_family(
     module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, remedy: str = ''
 ) -> None:
     own = {name for name, _ in module.named_parameters()}
-    marker = next(name for name in FAMILIES if name in own)
-    if prefix + marker in state_dict:
+    marker = next((name for name in FAMILIES if name in own), None)
+    # Wrappers of the layers, as of FSDP and torch.compile, rename the marker.
+    if marker is None or prefix + marker in state_dict or _is_part(module, state_dict, prefix):
         return
     message = (
         f'no weights of {type(module).__name__} in the state dict: there is no '
@@ -196,6 +199,13 @@ def _require_family(
     else:
         message += '. Is it the checkpoint of another model?'
     raise CheckpointError(f'{message} {remedy}'.rstrip())
+
+
+def _is_part(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str) -> bool:
+    """Return whether these are some of the model's own weights, as of the trained parameters."""
+    names = _below(state_dict, prefix).keys()
+    own = module.state_dict().keys()
+    return bool(names) and names <= own and FAMILIES.keys().isdisjoint(names)
 
 
 def _below(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -226,28 +236,12 @@ def _some(names: Collection[str]) -> str:
 # --- the position embedding ---------------------------------------------------------------------
 
 
-def record_grid(module: nn.Module, state_dict: dict[str, Tensor], prefix: str = '') -> None:
-    """Add the grid of the position embedding to a backbone's state dict if it is not square.
-
-    The number of tokens does not tell 2 x 8 from 4 x 4. State dicts of square grids are left as
-    they are, and so have upstream's names and no others.
-
-    Args:
-        module: A backbone with ``patch_resolution``.
-        state_dict: The state dict, changed in place.
-        prefix: The prefix of the backbone's own names in it.
-    """
-    height, width = module.patch_resolution
-    if height != width:
-        state_dict[prefix + GRID_KEY] = torch.tensor([height, width])
-
-
 def fit_pos_embed(module: nn.Module, state_dict: dict[str, Tensor], prefix: str = '') -> None:
     """Resize the position embedding of a state dict to a backbone's grid.
 
-    The state dict records a grid that is not square (:func:`record_grid`); without a record the
+    The state dict records a grid that is not square (``pos_embed_grid``); without a record the
     grid is taken to be square, as in all released weights. A record is removed from the state
-    dict, since it is not a weight.
+    dict, unless the model has one.
 
     Args:
         module: A backbone with ``num_slots``, ``patch_resolution`` and ``interpolate_mode``.
@@ -264,6 +258,8 @@ def fit_pos_embed(module: nn.Module, state_dict: dict[str, Tensor], prefix: str 
     """
     _require_family(module, state_dict, prefix)
     recorded = state_dict.pop(prefix + GRID_KEY, None)
+    if GRID_KEY in dict(module.named_buffers(recurse=False)):
+        state_dict[prefix + GRID_KEY] = torch.tensor(module.patch_resolution)
     key = f'{prefix}pos_embed'
     pos_embed = state_dict.get(key)
     target = tuple(module.patch_resolution)

@@ -362,7 +362,7 @@ def test_saved_folder(source, tmp_path):
     assert files == {'README.md', 'config.json', 'model.safetensors'}
     config = json.loads((tmp_path / 'config.json').read_text())
     assert (config['family'], config['num_classes'], config['depth']) == ('VRWKV', 4, 2)
-    model = vrwkv.VisionRWKV.from_pretrained(tmp_path)
+    model = vrwkv.VisionRWKV.from_pretrained(tmp_path, strict=True)
     assert not model.training
     assert torch.equal(model(images()), source(images()))
     again = create(pretrained=tmp_path, num_classes=4)

@@ -4,6 +4,7 @@ import gc
 
 import pytest
 import torch
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from vrwkv.backbones import VRWKV, VRWKV6, ViT
@@ -72,10 +73,29 @@ def test_backward_passes_can_be_repeated_and_weights_must_not_change_before():
         torch.autograd.grad(loss, model.parameters(), retain_graph=True) for _ in range(2)
     )
     assert all(map(torch.equal, first, second))
-    with torch.no_grad():
-        model.layers[0].ffn.value.weight.mul_(2)
-    with pytest.raises(RuntimeError, match='modified by an inplace operation'):
-        loss.backward()
+    for weight in ('ffn.value.weight', 'att.spatial_mix_k'):
+        loss = model(images)[0].square().sum()
+        with torch.no_grad():
+            model.layers[0].get_parameter(weight).mul_(2)
+        with pytest.raises(RuntimeError, match='modified by an inplace operation'):
+            loss.backward()
+
+
+@pytest.mark.parametrize('change', ['another module', 'a hook'])
+def test_a_changed_norm_layer_runs_once(change, monkeypatch):
+    """It may be random."""
+    torch.manual_seed(0)
+    model, images = VRWKV(**SMALL), torch.randn(1, 3, 64, 64)
+    norm = model.layers[0].ln1
+    if change == 'a hook':
+        norm.register_forward_hook(lambda module, inputs, output: torch.dropout(output, 0.5, True))
+    else:
+        model.layers[0].ln1 = nn.Sequential(norm, nn.Dropout(0.5))
+    torch.manual_seed(1)
+    ours = gradients(model, images)
+    monkeypatch.setattr(recompute, '_hooks_are_free', lambda: False)
+    torch.manual_seed(1)
+    assert all(map(torch.equal, ours, gradients(model, images)))
 
 
 def test_a_tensor_with_the_memory_of_a_result_that_is_gone_is_not_taken_for_it():

@@ -9,6 +9,7 @@ from mmengine.model import ExponentialMovingAverage
 from mmengine.runner.checkpoint import load_checkpoint
 from mmengine.runner.checkpoint import load_state_dict as mmengine_load_state_dict
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
 from vrwkv import backbones
 from vrwkv.backbones import VRWKV, ViT
@@ -195,6 +196,31 @@ def test_wrappers_keep_the_grid(wrapper, path):
         warnings.simplefilter('error')
         load_checkpoint(model, str(path), map_location='cpu')
     assert torch.equal(model.pos_embed, given.pos_embed)
+
+
+def test_some_of_its_own_weights():
+    """As of the trained parameters."""
+    given, model = randomise(VRWKV(**SMALL), seed=1), VRWKV(**SMALL)
+    before = model.layers[0].att.key.weight.clone()
+    part = {k: v for k, v in given.state_dict().items() if k.startswith('layers.1.')}
+    model.load_state_dict(part, strict=False)
+    assert torch.equal(model.layers[1].att.key.weight, given.layers[1].att.key.weight)
+    assert torch.equal(model.layers[0].att.key.weight, before)
+
+
+def test_wrapped_layers():
+    given, model = randomise(VRWKV(**SMALL), seed=1), VRWKV(**SMALL)
+    for backbone_ in (given, model):
+        backbone_.layers[0] = torch.compile(backbone_.layers[0])
+    model.load_state_dict(given.state_dict())
+    for key, value in model.named_parameters():
+        assert torch.equal(value, given.get_parameter(key)), key
+
+
+def test_distributed_checkpoints():
+    given, model = (nn.Sequential(backbone('VRWKV', 2, 8)) for _ in range(2))
+    set_model_state_dict(model, get_model_state_dict(given))
+    assert torch.equal(model[0].pos_embed, given[0].pos_embed)
 
 
 @every_backbone

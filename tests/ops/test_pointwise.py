@@ -25,6 +25,9 @@ def test_extremes(backend):
     r = r[:6].requires_grad_()
     gate(r, torch.ones_like(r)).sum().backward()
     torch.testing.assert_close(r.grad.cpu(), torch.zeros(6))
+    r = torch.tensor([-600.0, -90.0, 30.0], dtype=torch.float64, device=backend.device)
+    y = gate(r, torch.ones_like(r))
+    torch.testing.assert_close(y, torch.sigmoid(r), rtol=1e-14, atol=0)
 
 
 @on(only=has_kernels)

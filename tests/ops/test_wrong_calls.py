@@ -287,8 +287,9 @@ def test_kernels_guard_direct_calls(backend):
     y, residual, z = ops.bi_wkv_forward(w, w, k, k, False, False)
     with pytest.raises(RuntimeError):
         ops.bi_wkv_backward(k, w, w, k, k, y, residual, z, False)  # z was not saved
-    with pytest.raises(RuntimeError):
-        ops.q_shift(k, 3, 3, 1, 0.25, False)
+    for height, width, gamma in ((3, 3, 0.25), (2**62 + 1, 4, 0.25), (2, 2, 0.0)):
+        with pytest.raises(RuntimeError):
+            ops.q_shift(k[:, :4], height, width, 1, gamma, False)
     grid = (2, 3, 1, 0.25, 'q_shift')
     for x, mixes, *args in (
         (k, w[:3], *grid),
@@ -311,6 +312,14 @@ def test_kernels_guard_direct_calls(backend):
     for wrong in ((k, k[0]), (k, k.half())):
         with pytest.raises(RuntimeError):
             ops.sigmoid_gate(*wrong)
+    six = [k.new_zeros(2, 6, 8)] * 4
+    u = k.new_zeros(1, 8)
+    for wrong in ((*six, u[:, :4]), (*six[:3], six[0].half(), u), (*six, u.half())):
+        with pytest.raises((RuntimeError, TypeError, ValueError)):
+            ops.bi_wkv6_forward(*wrong, False)
+    for grad in (six[0][:, :5], six[0].half()):
+        with pytest.raises(RuntimeError):
+            ops.bi_wkv6_backward(grad, *six, u, False)
     value, places, weights = (
         x.to(backend.device) for x in deform().values() if not isinstance(x, list)
     )
@@ -319,6 +328,7 @@ def test_kernels_guard_direct_calls(backend):
         (value, [2, 3], places, weights),
         (value, [2, 3, 2, 1], places, weights),
         (value, [7, 1, 0, 1], places, weights),
+        (value, [2**62 + 1, 4, 3, 1], places, weights),  # 7 values in 64 bits
         (value, [2, 3, 1, 1], places[..., 0], weights),
         (value, [2, 3, 1, 1], places, weights[..., :5]),
         (value, [2, 3, 1, 1], places.half(), weights.half()),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..layers import PatchEmbed, resize_pos_embed
 from ..layers._checks import check_choice, check_int, check_rate
-from ..weights import fit_channels, fit_pos_embed, record_grid, require_fit
+from ..weights import GRID_KEY, fit_channels, fit_pos_embed, require_fit
 
 # For torch.fx, resizing is one step: it depends on sizes that a symbolic trace does not have.
 torch.fx.wrap('resize_pos_embed')
@@ -85,6 +85,9 @@ class PlainBackbone(nn.Module):
         self.patch_resolution = tuple(side // patch_size for side in self.img_size)
         self.num_slots = int(class_token_slot)
         tokens = self.num_slots + math.prod(self.patch_resolution)
+        if self.patch_resolution[0] != self.patch_resolution[1]:
+            # The number of tokens does not tell 2 x 8 from 4 x 4.
+            self.register_buffer(GRID_KEY, torch.tensor(self.patch_resolution))
         self.pos_embed = nn.Parameter(torch.zeros(1, tokens, embed_dims))
         self.drop_after_pos = nn.Dropout(drop_rate)
         self.layers = nn.ModuleList(
@@ -177,12 +180,6 @@ class PlainBackbone(nn.Module):
         fit_channels(self, state_dict, prefix)
         require_fit(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-    def _save_to_state_dict(
-        self, destination: dict[str, Tensor], prefix: str, keep_vars: bool
-    ) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        record_grid(self, destination, prefix)
 
 
 def _layer_indices(out_indices: int | Sequence[int], depth: int) -> tuple[int, ...]:

@@ -81,7 +81,7 @@ class BaseMix(nn.Module):
     ) -> tuple[Tensor, ...]:
         """Normalise tokens and mix them with their shifted neighbours."""
 
-        def shift(x: Tensor) -> tuple[Tensor, ...]:
+        def shift(x: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
             results = self.shift(x, mixes, resolution)
             dtype = autocast_dtype(x.device) if recompute.enabled else None
             if dtype is None or x.dtype == torch.float64:
@@ -91,7 +91,8 @@ class BaseMix(nn.Module):
 
         if norm is not None:
             x = recompute.cheap(norm, x)
-        return recompute.cheap(shift, x)
+        # As inputs, too: if a mix is changed before the backward pass, that is an error.
+        return recompute.cheap(shift, x, *(mix for mix in mixes if mix is not None))
 
     def _init_linears(self) -> None:
         for module in self.children():

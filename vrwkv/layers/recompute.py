@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from .pieces import is_traced
@@ -37,8 +37,8 @@ class Recompute:
 
     def cheap(self, function: Callable, *inputs: Tensor) -> Any:
         """Return ``function(*inputs)``, a tensor or a tuple of tensors, to be computed again."""
-        if not self.enabled:
-            return function(*inputs)
+        if not self.enabled or _is_customised(function):
+            return self.use(function, *inputs)
         results = self.use(function, *inputs)
         step = _Step(function, [self._find(x) or _Kept(x) for x in inputs], inputs[0].device)
         for index, x in enumerate((results,) if isinstance(results, Tensor) else results):
@@ -85,6 +85,15 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
+
+
+def _is_customised(function: Callable) -> bool:
+    # What replaced a norm layer, and hooks, may be random or have a state.
+    if not isinstance(function, nn.Module):
+        return False
+    return type(function) is not nn.LayerNorm or bool(
+        function._forward_hooks or function._forward_pre_hooks
+    )
 
 
 def _storage(x: Tensor) -> int:

@@ -1,4 +1,4 @@
-"""Build a wheel, check it with auditwheel, and run it on every Python that uv can get.
+"""Build a wheel, check it with auditwheel, and run it on the Pythons that this project supports.
 
 ``make wheel`` calls it. It needs uv, a network or uv's cache, and about 10 GB of disk space.
 """

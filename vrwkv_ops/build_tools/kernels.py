@@ -198,9 +198,10 @@ def inspect_machine() -> Machine:
         return Machine(torch_problem=f'{type(error).__name__}: {error}')
     cuda_home, nvcc_cuda, nvcc_archs = _find_cuda(cpp_extension)
     gpus = range(torch.cuda.device_count()) if torch.version.cuda else ()
-    # torch does not know the number of a GPU that is newer than it: PTX for its newest serves it.
-    known = re.findall(r'sm_(\d+)', ' '.join(torch.cuda.get_arch_list()))
-    newest = max(((int(n[:-1]), int(n[-1])) for n in known), default=(99, 0))
+    # A GPU may be newer than torch or nvcc: PTX for the newest GPU that both know serves it.
+    numbers = re.findall(r'sm_(\d+)', ' '.join(torch.cuda.get_arch_list()))
+    known = [(int(n[:-1]), int(n[-1])) for n in numbers], map(_release, nvcc_archs)
+    newest = min(max(archs, default=(99, 0)) for archs in known)
     capabilities = sorted({min(newest, torch.cuda.get_device_capability(i)) for i in gpus})
     return Machine(
         torch=torch.__version__,

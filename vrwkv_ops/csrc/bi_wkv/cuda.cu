@@ -32,7 +32,6 @@ using vrwkv_ops::ceil_div;
 using vrwkv_ops::View;
 using vrwkv_ops::WkvBackwardParams;
 using vrwkv_ops::WkvForwardParams;
-using vrwkv_ops::WkvParams;
 
 constexpr int kMaxRows = 16;  // warps of a block
 constexpr int64_t kMaxGridX = std::numeric_limits<int32_t>::max();

@@ -1,4 +1,4 @@
-// CPU kernels for several instruction sets, and the choice among them.
+// Tables of CPU kernels, one for each instruction set; cpu_dispatch.h chooses.
 //
 // The build compiles an operator's cpu_kernels.cpp once for each instruction set, with VRWKV_CPU_AVX2, VRWKV_CPU_AVX512 or
 // neither defined. Each time it defines the operator's table of kernels for that instruction set.

@@ -14,9 +14,7 @@ using vrwkv_ops::DeformParams;
 
 constexpr int kWide = 32, kNarrow = 8;  // channels that are computed at once
 template <int kLanes>
-struct Channels {
-  static constexpr int kCount = kLanes;
-};
+using Channels = std::integral_constant<int, kLanes>;
 
 // Calls body(c, Channels<n>) for all channels, n at a time.
 template <typename Body>
@@ -58,7 +56,7 @@ void deform_forward(const P& p, int64_t first_row, int64_t last_row) {
       const scalar_t* const value = p.value + row / p.queries * p.values * stride + head * p.channels;
       scalar_t* out = p.out + (row * p.heads + head) * p.channels;
       for_each_block(p.channels, [&](int64_t c, auto block) VRWKV_INLINE_LAMBDA {
-        constexpr int kLanes = decltype(block)::kCount;
+        constexpr int kLanes = decltype(block)::value;
         Vector<T, kLanes> sum;
         for_each_point(p, row, head, [&](const Corners<T>& corners, T attention, int64_t, int64_t) VRWKV_INLINE_LAMBDA {
           const scalar_t* at[4];
@@ -106,8 +104,8 @@ void deform_backward(const P& p, int64_t image, int64_t head, typename P::acc_t*
         const T factor = attention * corners.weight[n];
         T lanes[kNarrow] = {};
         for_each_block(p.channels, [&](int64_t c, auto block) VRWKV_INLINE_LAMBDA {
-          visit_pixel<decltype(block)::kCount>(sums + s * sums_stride + c, row_grad + c, p.value + start + s * stride + c,
-                                               factor, lanes);
+          visit_pixel<decltype(block)::value>(sums + s * sums_stride + c, row_grad + c, p.value + start + s * stride + c,
+                                              factor, lanes);
         });
         for (int j = 0; j < kNarrow; ++j) dot[n] += lanes[j];
       }

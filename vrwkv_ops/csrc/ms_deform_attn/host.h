@@ -26,8 +26,9 @@ struct DeformArguments {
     int64_t values = 0;
     bool is_positive = shapes.size() == 2 * levels && levels <= kMaxLevels;
     for (size_t i = 0; is_positive && i < levels; ++i) {
-      is_positive = shapes[2 * i] > 0 && shapes[2 * i + 1] > 0;
-      values += shapes[2 * i] * shapes[2 * i + 1];
+      const int64_t height = shapes[2 * i], width = shapes[2 * i + 1];
+      is_positive = height > 0 && width > 0 && height <= value.size(1) / width;  // their product may overflow
+      if (is_positive) values += height * width;
     }
     TORCH_CHECK(is_positive && values == value.size(1), "ms_deform_attn: expected height and width of each of ", levels,
                 " (at most ", kMaxLevels, ") maps, with ", value.size(1), " values in all, got ", shapes);

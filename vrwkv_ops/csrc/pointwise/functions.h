@@ -36,8 +36,9 @@ struct Sigmoids {
   T plus, minus;
 
   VRWKV_FN explicit Sigmoids(T r) {
-    // Beyond |r| = 85 a sigmoid differs from 0 or 1 by less than 1e-37.
-    const Scaled<T> e = exp_scaled_unclamped(clamp(-r, T(85)));
+    // e^r and e^-r are normal numbers up to here. Beyond, a sigmoid differs from 0 or 1 by less than 2e-37 (double: 1e-304).
+    constexpr T kBound = std::is_same_v<T, float> ? 85 : 700;
+    const Scaled<T> e = exp_scaled_unclamped(clamp(-r, kBound));
     const T weight = any_power_of_two(e.exponent) * e.mantissa;
     plus = T(1) / (T(1) + weight);
     minus = weight * plus;

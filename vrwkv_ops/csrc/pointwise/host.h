@@ -33,7 +33,7 @@ std::array<at::Tensor, kOutputs> pointwise(const char* name, const std::array<at
 
 }  // namespace vrwkv_ops
 
-// Defines the operators of one device. `guard` is a macro whose statement runs first.
+// Defines the operators of one device. The statement `guard(x)` runs first.
 #define VRWKV_DEFINE_POINTWISE(Backend, guard)                                                                                 \
   at::Tensor squared_relu(const at::Tensor& x) {                                                                               \
     guard(x);                                                                                                                  \

@@ -7,11 +7,6 @@
 namespace {
 namespace vrwkv {
 
-template <int n>
-struct Lanes {
-  static constexpr int value = n;
-};
-
 // A quarter of most models' channels is a multiple of it.
 constexpr int kShiftLanes = 16;
 
@@ -27,8 +22,8 @@ VRWKV_FN void for_each_block(const P& p, int64_t first_row, int64_t last_row, bo
     const auto from = p.geometry.neighbours(t, false), to = p.geometry.neighbours(t, true);
     for_each_group(p.geometry, p.channels, [&](int group, int64_t c, int64_t end) VRWKV_INLINE_LAMBDA {
       for (; contiguous && c + kShiftLanes <= end; c += kShiftLanes)
-        body(b, t, from.at[group], to.at[group], c, Lanes<kShiftLanes>());
-      for (; c < end; ++c) body(b, t, from.at[group], to.at[group], c, Lanes<1>());
+        body(b, t, from.at[group], to.at[group], c, std::integral_constant<int, kShiftLanes>());
+      for (; c < end; ++c) body(b, t, from.at[group], to.at[group], c, std::integral_constant<int, 1>());
     });
   }
 }

@@ -17,11 +17,12 @@ namespace vrwkv_ops {
 
 inline ShiftGeometry make_geometry(const at::Tensor& x, int64_t height, int64_t width, int64_t shift_pixel,
                                    double channel_gamma, c10::string_view mode, int64_t heads) {
-  TORCH_CHECK(x.dim() == 3 && height >= 0 && width >= 0 && x.size(1) == height * width,
-              "token shift: expected x of shape (B, height * width, C) with a grid of ", height, " x ", width, ", got ",
-              x.sizes());
+  // The quotient first: the product may overflow.
+  TORCH_CHECK(
+      x.dim() == 3 && height >= 0 && width >= 0 && (height == 0 || x.size(1) / height == width) && x.size(1) == height * width,
+      "token shift: expected x of shape (B, height * width, C) with a grid of ", height, " x ", width, ", got ", x.sizes());
   TORCH_CHECK(shift_pixel >= 0, "token shift: expected shift_pixel >= 0, got ", shift_pixel);
-  TORCH_CHECK(channel_gamma >= 0 && channel_gamma <= 0.25, "token shift: expected channel_gamma in [0, 1/4], got ",
+  TORCH_CHECK(channel_gamma > 0 && channel_gamma <= 0.25, "token shift: expected channel_gamma in (0, 1/4], got ",
               channel_gamma);
   TORCH_CHECK(heads >= 1 && x.size(2) % heads == 0, "token shift: expected heads that divide the ", x.size(2),
               " channels, got ", heads);

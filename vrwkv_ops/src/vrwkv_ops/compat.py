@@ -60,7 +60,7 @@ def RUN_CUDA_RWKV6(  # noqa: N802
         u: Bonus, shape (H, C / H) or (C,).
 
     Returns:
-        A tensor of the shape and dtype of ``v``.
+        A tensor of the shape of ``v``, in the widest dtype of ``r``, ``k`` and ``v``.
 
     Raises:
         TypeError: If the type of an argument does not fit.

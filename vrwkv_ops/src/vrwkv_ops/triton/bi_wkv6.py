@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vrwkv_ops.checks import check_bi_wkv6
+from vrwkv_ops.checks import accumulation_dtype, check_bi_wkv6
 from vrwkv_ops.wkv6 import LARGE
 
 _COLUMNS = 16  # value channels of a program in the forward pass
@@ -140,6 +140,21 @@ def backward_kernel(
         tl.store(gu_ptr + program * N + i, gu, mask=inside)
 
 
+def _check(
+    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, causal: bool, gy: Tensor | None = None
+) -> None:
+    """Check direct calls through torch.ops, which could read out of bounds."""
+    check_bi_wkv6(r, k, v, w, u, causal)
+    acc = accumulation_dtype(v.dtype)
+    if (w.dtype, u.dtype) != (acc, acc):
+        raise RuntimeError(f'bi_wkv6: expected w and u of {acc}, got {w.dtype} and {u.dtype}')
+    if gy is not None and (gy.shape, gy.dtype, gy.device) != (v.shape, v.dtype, v.device):
+        raise RuntimeError(
+            f'bi_wkv6_backward: expected gy of shape {tuple(v.shape)}, {v.dtype}, on {v.device}, '
+            f'got {tuple(gy.shape)}, {gy.dtype}, on {gy.device}'
+        )
+
+
 def _decays(w: Tensor, u: Tensor) -> Tensor:
     return torch.exp(-torch.exp(w.double())).to(u.dtype).contiguous()
 
@@ -154,7 +169,7 @@ def _new(v: Tensor, u: Tensor) -> Tensor:
 
 def forward(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, causal: bool) -> Tensor:
     """Run ``vrwkv_ops::bi_wkv6_forward``."""
-    check_bi_wkv6(r, k, v, w, u, causal)
+    _check(r, k, v, w, u, causal)
     heads, size = u.shape
     y = _new(v, u)
     programs = v.shape[0] * heads * triton.cdiv(size, _COLUMNS)
@@ -172,7 +187,7 @@ def backward(
     gy: Tensor, r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, causal: bool
 ) -> tuple[Tensor, ...]:
     """Run ``vrwkv_ops::bi_wkv6_backward``."""
-    check_bi_wkv6(r, k, v, w, u, causal)
+    _check(r, k, v, w, u, causal, gy)
     heads, size = u.shape
     programs, chunks = v.shape[0] * heads, triton.cdiv(v.shape[1], _CHUNK)
     block = triton.next_power_of_2(size)
