@@ -190,7 +190,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         text, picture = run(args.image, args.model, args.pretrained, args.device, args.out_dir)
-    except (CheckpointError, FileNotFoundError, ValueError) as error:
+    except (CheckpointError, OSError, ValueError) as error:
         raise SystemExit(f'error: {error}') from error
     if not args.pretrained:
         print('Without --pretrained the weights are random, and so is this result:')

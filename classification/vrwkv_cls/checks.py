@@ -8,7 +8,7 @@ import torch
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
-from mmpretrain.models.heads import ClsHead
+from mmpretrain.models.heads import ClsHead, MultiLabelClsHead
 from mmpretrain.registry import HOOKS
 from mmpretrain.structures import DataSample
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ def require_classes_fit(model: nn.Module, state_dict: Mapping[str, Tensor]) -> N
         CheckpointError: If the model is a classifier whose head has another shape.
     """
     head = getattr(model, 'head', None)
-    if isinstance(head, ClsHead):
+    if isinstance(head, (ClsHead, MultiLabelClsHead)):
         require_head_fit(head, state_dict)
 
 

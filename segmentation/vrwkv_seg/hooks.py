@@ -5,9 +5,13 @@ from __future__ import annotations
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
+from mmseg.models.decode_heads import Mask2FormerHead, MaskFormerHead
 from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from mmseg.registry import HOOKS
 from torch.utils.data import DataLoader
+
+# The last two are mmdet's heads with mmseg's losses.
+HEADS = (BaseDecodeHead, MaskFormerHead, Mask2FormerHead)
 
 
 @HOOKS.register_module()
@@ -45,7 +49,7 @@ def _check(runner: Runner, loader: DataLoader) -> None:
         return
     model = runner.model.module if is_model_wrapper(runner.model) else runner.model
     for name, head in model.named_modules():
-        if isinstance(head, BaseDecodeHead) and head.num_classes != len(classes):
+        if isinstance(head, HEADS) and head.num_classes != len(classes):
             raise ValueError(
                 f'the model has num_classes={head.num_classes} in its {name}, but the '
                 f'{type(dataset).__name__} has {len(classes)} classes ({", ".join(classes[:5])}'

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from mmcv.cnn import ConvModule
 from mmengine.structures import PixelData
 from mmseg.models.decode_heads import UPerHead
+from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from mmseg.models.segmentors import EncoderDecoder
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
@@ -114,9 +115,10 @@ class LeanEncoderDecoder(EncoderDecoder):
 
         Returns:
             The samples, each with ``pred_sem_seg``. In other modes than ``'whole'``, with one
-            class, or without samples: what mmseg returns.
+            class, without samples, or if the head has its own ``predict``: what mmseg returns.
         """
-        if self.test_cfg.mode != 'whole' or self.out_channels == 1 or data_samples is None:
+        own = type(self.decode_head).predict is not BaseDecodeHead.predict
+        if own or self.test_cfg.mode != 'whole' or self.out_channels == 1 or data_samples is None:
             return super().predict(inputs, data_samples)
         metas = [sample.metainfo for sample in data_samples]
         logits = self.decode_head(self.extract_feat(inputs))

@@ -13,9 +13,11 @@ from mmdet.apis import DetInferencer, init_detector
 from mmdet.datasets.api_wrappers import COCO
 from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
 from mmdet.registry import DATASETS, MODELS
+from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from mmengine.runner import load_checkpoint
+from mmengine.structures import InstanceData
 from PIL import Image
 from pycocotools.mask import encode
 from torch import nn
@@ -139,6 +141,12 @@ def test_predictions_are_made_in_float32():
     for key in ('bboxes', 'scores'):
         torch.testing.assert_close(results[1][key], results[0][key], rtol=0, atol=0)
     assert results[0].bboxes[:, 0].max() > 1024
+    # Heads such as DETR's do not call that method.
+    numbers = torch.ones(3, 4).bfloat16()
+    result = InstanceData(bboxes=numbers, scores=numbers[:, 0], labels=torch.arange(3))
+    (sample,) = model.add_pred_to_datasample([DetDataSample()], [result])
+    dtypes = {key: value.dtype for key, value in sample.pred_instances.items()}
+    assert dtypes == dict(bboxes=torch.float32, scores=torch.float32, labels=torch.int64)
 
 
 # --- weights ------------------------------------------------------------------------------------

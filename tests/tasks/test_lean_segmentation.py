@@ -3,6 +3,7 @@
 import pytest
 import torch
 from mmengine.config import Config
+from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 
 from vrwkv.analysis.models import load_model
@@ -41,6 +42,20 @@ def test_logits_equal_mmsegs(models, size):
     assert found.shape == expected.shape
     # Rows are interpolated after columns here and together in PyTorch: a few roundings.
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-6 * expected.abs().max().item())
+
+
+def test_a_head_that_predicts_by_itself_is_left_to_mmseg(models, monkeypatch):
+    ours = models[1]
+    channels = ours.decode_head.in_channels
+    head = dict(
+        type='EncHead', in_channels=channels, in_index=list(range(len(channels))), channels=8,
+        num_codes=4, num_classes=11, norm_cfg=dict(type='BN'),
+    )  # fmt: skip
+    monkeypatch.setitem(ours._modules, 'decode_head', MODELS.build(head).eval())
+    with torch.no_grad():
+        meta = dict(ori_shape=(64, 96), img_shape=(64, 96), pad_shape=(64, 96))
+        (sample,) = ours.predict(torch.randn(1, 3, 64, 96), [SegDataSample(metainfo=meta)])
+    assert sample.pred_sem_seg.data.shape == (1, 64, 96)
 
 
 @pytest.mark.parametrize('group', [4, 5, 16])  # the last group has 3, 1 and 11 classes

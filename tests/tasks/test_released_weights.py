@@ -208,12 +208,15 @@ def test_backbone_alone(large, tmp_path):
 
 
 @pytest.mark.parametrize('load', [by_load_from, by_init_cfg, by_get_model])
-@pytest.mark.parametrize('which', ['tiny', 'large'])
+@pytest.mark.parametrize('which', ['tiny', 'large', 'multi-label'])
 def test_another_number_of_classes(which, load, tiny, large, tmp_path):
-    checkpoint, data = tiny if which == 'tiny' else (dict(model=large['state_dict']), large)
+    checkpoint, data = (dict(model=large['state_dict']), large) if which == 'large' else tiny
     torch.save(checkpoint, tmp_path / 'weights.pth')
-    cfg = narrow(TINY if which == 'tiny' else LARGE, data)
+    cfg = narrow(LARGE if which == 'large' else TINY, data)
     cfg.model.head.num_classes = 7
+    if which == 'multi-label':
+        cfg.model.head.type = 'MultiLabelLinearClsHead'
+        del cfg.model.head.loss
     with pytest.raises(
         CheckpointError, match=r'classifier with 11 classes.*has num_classes=7 .*To'
     ):

@@ -10,6 +10,7 @@ from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from mmseg.apis import MMSegInferencer, inference_model, init_model
 from mmseg.datasets import ADE20KDataset
+from mmseg.models.decode_heads import Mask2FormerHead
 from mmseg.registry import HOOKS, MODELS
 from mmseg.structures import SegDataSample
 from PIL import Image
@@ -254,4 +255,11 @@ def test_heads_and_data_of_different_classes(cfg, step):
     run.model.auxiliary_head.num_classes = 3
     for classes in (tuple('abc'), None):
         setattr(run, f'{step}_dataloader', Loader(classes))
+        getattr(hook, f'before_{step}')(run)
+    # mmdet's head, whose index 5 would mean "no object".
+    run.model.decode_head = Mask2FormerHead.__new__(Mask2FormerHead)
+    torch.nn.Module.__init__(run.model.decode_head)
+    run.model.decode_head.num_classes = 5
+    setattr(run, f'{step}_dataloader', Loader(tuple('abcdefg')))
+    with pytest.raises(ValueError, match='num_classes=5 in its decode_head'):
         getattr(hook, f'before_{step}')(run)

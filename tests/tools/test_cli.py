@@ -5,6 +5,7 @@ import logging
 import os
 import pickle
 import re
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -71,6 +72,23 @@ def test_train_options(toy_config, final_config):
     assert cfg.custom_hooks[0].momentum == 0.25
     assert os.environ.pop('LOCAL_RANK') == '3'
     assert final_config(cli.train, toy_config(), '--resume').resume == 'auto'
+
+
+def test_launchers(toy_config, final_config, monkeypatch, capsys):
+    monkeypatch.setenv('OMPI_COMM_WORLD_LOCAL_RANK', '5')
+    final_config(cli.train, toy_config(), '--launcher', 'mpi')
+    assert os.environ.pop('LOCAL_RANK') == '5'
+    with pytest.raises(SystemExit):
+        cli.train([str(toy_config()), '--launcher', 'pytorch'])
+    assert '--launcher pytorch needs torchrun' in capsys.readouterr().err
+
+
+def test_interrupt(toy_config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(VRWKVRunner, 'train', lambda self: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(SystemExit) as ended:
+        cli.train([str(toy_config()), '--work-dir', str(tmp_path / 'w')])
+    assert ended.value.code == 130
+    assert 'with --resume continues' in capsys.readouterr().err
 
 
 def test_auto_scale_lr_needs_a_base(toy_config):
@@ -191,6 +209,12 @@ def test_without_a_test_set(section, option, toy_config):
 def test_without_a_training_set(section, option, toy_config):
     with pytest.raises(ValueError, match=f'has no {section}: this command needs'):
         cli.train([str(toy_config(changes=f'{section} = None')), *option])
+
+
+def test_old_config(tmp_path):
+    (tmp_path / 'old.py').write_text('model = data = optimizer = runner = dict(a=1)')
+    with pytest.raises(ValueError, match=r'has no train_dataloader, .* OpenMMLab 1\.x\?'):
+        cli.train([str(tmp_path / 'old.py')])
 
 
 def test_without_hooks(toy_config, final_config):
@@ -449,12 +473,6 @@ val_cfg = test_cfg = dict()
 train_cfg = dict(by_epoch=True, max_epochs=3)
 optim_wrapper = dict(optimizer=dict(type='AdamW', lr=0.01))
 randomness = dict(seed=0)
-tta_model = dict(type='AverageClsScoreTTA')
-tta_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='TestTimeAug', transforms=[
-        [dict(type='RandomFlip', prob=1.), dict(type='RandomFlip', prob=0.)],
-        [dict(type='PackInputs')]])]
 del loader
 """)
     work = ['--work-dir', str(tmp_path / 'work')]

@@ -213,7 +213,7 @@ def main(argv: list[str] | None = None) -> None:
             channels = input_channels(model)
             images = read_images(args.images, args.count, args.size, args.seed, channels)
             fields[name] = measure(model, images)
-    except (CheckpointError, FileNotFoundError, ValueError) as error:
+    except (CheckpointError, OSError, ValueError) as error:
         sys.exit(f'Error: {error}')
     header = ('model', 'area of 50 %', 'area of 90 %', 'above the centre', 'below the centre')
     rows = [

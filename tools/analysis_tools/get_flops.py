@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> None:
             default = SIZES.get(cfg.get('default_scope'), (224, 224))
             sizes.append(default if shape is None else (shape[0], shape[-1]))
             costs.append(count(cfg, sizes[-1], args.backbone))
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         sys.exit(f'Error: {error}')
     names = distinct_names(args.configs)
     inputs = [f'{height}x{width}' for height, width in sizes]

@@ -143,7 +143,7 @@ def main(argv: list[str] | None = None) -> None:
                 cfg.test_dataloader.batch_size = args.batch_size
             with tempfile.TemporaryDirectory() as work_dir:
                 accuracies.append([evaluate(cfg, checkpoint, n, work_dir) for n in sizes])
-    except (FileNotFoundError, ValueError, CheckpointError) as error:
+    except (OSError, ValueError, CheckpointError) as error:
         sys.exit(f'Error: {error}')
     results = dict(zip(name_models(args.models), accuracies, strict=True))
     rows = [(name, *(f'{value:.2f}' for value in values)) for name, values in results.items()]

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.dist import is_main_process
-from mmengine.evaluator import DumpResults
 from mmengine.fileio import dump
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
@@ -110,8 +109,11 @@ def train(argv: list[str] | None = None) -> None:
         help='scale the learning rate by the batch size over the one that the config was made for',
     )
     args = _parse(parser, argv)
-    with QuietScreen(args.verbose):
-        _train(args)
+    try:
+        with QuietScreen(args.verbose):
+            _train(args)
+    except KeyboardInterrupt:
+        parser.exit(130, 'Interrupted. The same command with --resume continues.\n')
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -196,7 +198,7 @@ def _test(args: argparse.Namespace) -> None:
     if isinstance(writer, Hook):
         runner.register_hook(writer)
     elif writer:
-        runner.test_evaluator.metrics.append(writer)
+        runner.test_evaluator.metrics.append(METRICS.build(writer))
     runner.logger.info(
         f'Testing {args.checkpoint} with {args.config}. Log: {runner.logger.log_file}'
     )
@@ -254,7 +256,11 @@ def _parser(description: str) -> argparse.ArgumentParser:
 
 def _parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
-    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    if args.launcher == 'pytorch' and 'RANK' not in os.environ:
+        parser.error('--launcher pytorch needs torchrun: use tools/dist_train.sh or dist_test.sh')
+    # mmengine's MPI launcher does not set LOCAL_RANK, and its DDP reads it.
+    rank = os.environ.get('OMPI_COMM_WORLD_LOCAL_RANK', str(args.local_rank))
+    os.environ.setdefault('LOCAL_RANK', rank)
     return args
 
 
@@ -279,6 +285,7 @@ def _require(cfg: Config, path: str, *sections: str) -> None:
         raise ValueError(
             f'{path} has no {", ".join(missing)}: this command needs {", ".join(sections)} in the '
             'config.'
+            + (' A config of OpenMMLab 1.x? Start from one in configs/.' if 'data' in cfg else '')
         )
 
 
@@ -374,24 +381,30 @@ def _draw_predictions(cfg: Config, args: argparse.Namespace) -> None:
 
 
 def _augment_test(cfg: Config, config_path: str) -> None:
-    if 'tta_model' not in cfg or 'tta_pipeline' not in cfg:
-        raise ValueError(
-            f'--tta needs tta_model and tta_pipeline in the config, and {config_path} has not.'
-        )
     dataset = cfg.test_dataloader.dataset
     while 'dataset' in dataset:  # a wrapper
         dataset = dataset.dataset
+    if cfg.get('default_scope') == 'mmpretrain':  # the default of its own test.py
+        *load, pack = dataset.pipeline
+        flips = [dict(type='RandomFlip', prob=prob) for prob in (1.0, 0.0)]
+        merged = dict(type='TestTimeAug', transforms=[flips, [pack]])
+        cfg.setdefault('tta_model', dict(type='AverageClsScoreTTA'))
+        cfg.setdefault('tta_pipeline', [*load, merged])
+    if 'tta_model' not in cfg or 'tta_pipeline' not in cfg:
+        raise ValueError(
+            f'--tta needs tta_model and tta_pipeline in the config, and {config_path} does not set '
+            'both. configs/_base_/datasets/ade20k_512x512.py is an example.'
+        )
     dataset.pipeline = cfg.tta_pipeline
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
 
 
-def _prediction_writer(cfg: Config, out: str) -> DumpResults | LabelMapsHook:
-    """Build the metric or the hook that writes predictions to ``out``."""
+def _prediction_writer(cfg: Config, out: str) -> dict | LabelMapsHook:
+    """Return a metric's config or a hook that writes predictions to ``out``."""
     if out.endswith(('.pkl', '.pickle')):
         mmdet = cfg.get('default_scope') == 'mmdet'  # its masks need encoding
-        return METRICS.build(
-            dict(type='mmdet.DumpDetResults' if mmdet else 'DumpResults', out_file_path=out)
-        )
+        kind = 'mmdet.DumpDetResults' if mmdet else 'mmengine.DumpResults'
+        return dict(type=kind, out_file_path=out)
     if cfg.get('default_scope') == 'mmseg' and not Path(out).suffix:
         return LabelMapsHook(out)
     raise ValueError(

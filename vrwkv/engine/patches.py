@@ -381,11 +381,25 @@ def predict_in_float32() -> None:
     may go when mmdet predicts in float32 under autocast.
     """
     from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
+    from mmdet.models.detectors import BaseDetector
     from mmdet.models.roi_heads.bbox_heads import BBoxHead
     from mmdet.models.roi_heads.mask_heads import FCNMaskHead
 
     for head in (BaseDenseHead, BBoxHead, FCNMaskHead):
         head.predict_by_feat = _in_float32(head.predict_by_feat)
+
+    # Other heads, such as DETR's, make their predictions in methods of their own.
+    add = BaseDetector.add_pred_to_datasample
+
+    @wraps(add)
+    def add_in_float32(self, data_samples: list, results_list: list) -> list:
+        for result in results_list:
+            for name, value in result.items():
+                if isinstance(value, Tensor) and value.dtype == torch.bfloat16:
+                    result.set_field(value.float(), name)
+        return add(self, data_samples, results_list)
+
+    BaseDetector.add_pred_to_datasample = add_in_float32
 
 
 def _widen(value: Any, devices: set[str]) -> Any:

@@ -290,7 +290,8 @@ def _read_training(filename: str) -> dict:
     Raises:
         CheckpointError: If it holds no such state.
     """
-    checkpoint = CheckpointLoader.load_checkpoint(filename, map_location='cpu')
+    # The runner itself says what it loads.
+    checkpoint = CheckpointLoader.load_checkpoint(filename, map_location='cpu', logger='silent')
     meta = checkpoint.get('meta') or {}
     missing = [f'meta.{key}' for key in ('epoch', 'iter') if key not in meta]
     missing += [key for key in ('message_hub', 'optimizer') if key not in checkpoint]
@@ -315,7 +316,7 @@ def find_checkpoints(work_dir: str | Path) -> list[Path]:
     """
     work_dir = Path(work_dir)
     pointer = work_dir / 'last_checkpoint'
-    named = Path(pointer.read_text().strip() or '.') if pointer.is_file() else None
+    named = Path(pointer.read_text('utf-8').strip() or '.') if pointer.is_file() else None
     # The folder may be a copy of the one that the pointer names: its own files come first.
     folders = [work_dir] if named is None else [work_dir, named.parent]
     found = []

@@ -22,6 +22,7 @@ _SHOWN = re.compile(
 _NOISE = re.compile(
     r'deprecated|Failed to search registry|requires_grad=False|recommended to use'
     r'|has no metainfo|init_weights|(save|resume)_param_scheduler|Resumed iteration number is'
+    r'|prefix is not set in metric'
 )
 _HERE = str(Path(__file__).parent)
 _OURS = tuple(str(Path(package.__file__).parent) + os.sep for package in (vrwkv, vrwkv_ops))
