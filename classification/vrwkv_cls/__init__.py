@@ -3,11 +3,16 @@
 A config does so with ``custom_imports = dict(imports=['vrwkv_cls'], allow_failed_imports=False)``.
 """
 
+import warnings
+
 from vrwkv._imports import explain_missing
 
 with explain_missing(
     'vrwkv_cls', extra='classification', brings=('mmengine', 'mmpretrain', 'mmcv', 'torchvision')
 ):
+    with warnings.catch_warnings():  # mmcv-lite warns of an operator that nothing here needs
+        warnings.filterwarnings('ignore', 'Fail to import')
+        import mmcv.cnn.bricks.transformer  # noqa: F401
     from mmpretrain.apis.model import ModelHub
 
     from vrwkv.analysis import register_flop_handlers

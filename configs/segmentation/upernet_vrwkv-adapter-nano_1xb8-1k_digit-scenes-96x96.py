@@ -42,7 +42,7 @@ optim_wrapper = dict(
 )
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, begin=0, end=50, by_epoch=False),
-    dict(type='PolyLR', power=1.0, eta_min=0.0, begin=50, end=1000, by_epoch=False),
+    dict(type='PolyLR', power=1.0, eta_min=0.0, begin=50, by_epoch=False),
 ]
 train_cfg = dict(max_iters=1000, val_interval=500)
 auto_scale_lr = dict(base_batch_size=8)

@@ -274,3 +274,14 @@ def test_pieces_of_tokens_change_nothing(arguments, monkeypatch):
     assert sizes == [(3, 4, 29)] * 18 + 2 * ffn
     # Products of matrices of other sizes may sum in another order: a few roundings.
     assert torch.allclose(found, expected, rtol=0, atol=2e-6 * expected.abs().max().item())
+
+
+def test_pieces_of_several_images_change_nothing(monkeypatch):
+    """Five images of 16 tokens, two in a piece."""
+    model = backbones.VRWKV(img_size=32, patch_size=8, embed_dims=16, depth=1).eval()
+    images = torch.randn(5, 3, 32, 32)
+    expected = model(images)[0]
+    monkeypatch.setattr(pieces, 'CPU_TOKENS', 40)
+    with torch.no_grad():
+        found = model(images)[0]
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-6 * expected.abs().max().item())

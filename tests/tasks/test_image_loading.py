@@ -83,6 +83,11 @@ def stack(bands, dtype=np.uint16):
     return np.ascontiguousarray(np.resize(DARK, (6, 5, bands)).astype(dtype))
 
 
+def test_header_of_a_bigtiff(tmp_path):
+    Image.fromarray(SMALL).save(tmp_path / 'a.tif', big_tiff=True)
+    assert str(images.read_header(tmp_path / 'a.tif')) == '4 bands of uint8'
+
+
 @pytest.mark.parametrize('backend', ['cv2', 'pillow'])
 @pytest.mark.parametrize(
     ('name', 'image', 'found'),

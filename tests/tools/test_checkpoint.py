@@ -15,7 +15,7 @@ import torch
 from mmengine.config import Config
 from mmengine.fileio import PetrelBackend
 from mmengine.logging import HistoryBuffer
-from mmengine.model import BaseModule
+from mmengine.model import BaseModule, ExponentialMovingAverage
 from mmengine.runner import CheckpointLoader
 from PIL import Image
 
@@ -175,14 +175,16 @@ def test_truncated_anywhere(old_format, tmp_path):
             load(path)
 
 
-@pytest.mark.parametrize('wrap', ['averaged', 'compiled', 'both'])
+@pytest.mark.parametrize('wrap', ['averaged', 'compiled', 'both', 'mmengine'])
 def test_weights_of_wrapped_models(wrap, tmp_path):
     model = torch.nn.Linear(2, 1)
     wrapped = model
-    if wrap != 'averaged':
+    if wrap in ('compiled', 'both'):
         wrapped = torch.compile(wrapped)
-    if wrap != 'compiled':
+    if wrap in ('averaged', 'both'):
         wrapped = torch.optim.swa_utils.AveragedModel(wrapped)
+    if wrap == 'mmengine':
+        wrapped = ExponentialMovingAverage(wrapped)
     torch.save(wrapped.state_dict(), tmp_path / 'w.pth')
     weights = read_checkpoint(tmp_path / 'w.pth')['state_dict']
     assert set(weights) == {'weight', 'bias'}

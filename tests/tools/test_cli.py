@@ -211,6 +211,13 @@ def test_without_a_training_set(section, option, toy_config):
         cli.train([str(toy_config(changes=f'{section} = None')), *option])
 
 
+def test_training_shorter_than_its_warm_up(toy_config, tmp_path):
+    schedules = [dict(type='LinearLR', end=2), dict(type='CosineAnnealingLR', begin=2)]
+    changes = f"param_scheduler = {schedules}\ntrain_cfg['max_epochs'] = 1"
+    with pytest.raises(ValueError, match=r'training of 1 epochs, .* before a schedule'):
+        cli.train([str(toy_config(changes=changes)), '--work-dir', str(tmp_path / 'w')])
+
+
 def test_old_config(tmp_path):
     (tmp_path / 'old.py').write_text('model = data = optimizer = runner = dict(a=1)')
     with pytest.raises(ValueError, match=r'has no train_dataloader, .* OpenMMLab 1\.x\?'):

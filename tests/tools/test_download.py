@@ -5,7 +5,7 @@ import hashlib
 import http.server
 import os
 import threading
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -147,8 +147,9 @@ def test_what_is_whole_but_not_yet_renamed_is_not_fetched_again(server, path):
     assert path.read_bytes() == DATA[:-1]
 
 
-def test_truncated_by_a_server_that_cannot_resume(server, path):
-    server.ranges, server.cuts = False, [300_000, 300_000]
+@pytest.mark.parametrize('tag', ['"one"', 'W/"one"'])  # a weak tag is not of the bytes
+def test_truncated_by_a_server_that_cannot_resume(tag, server, path):
+    server.tag, server.ranges, server.cuts = tag, tag[0] == 'W', [300_000, 300_000]
     with pytest.raises(DownloadError, match='received 300,000 of 1,048,576 bytes') as caught:
         fetch(server, path)
     assert 'kept' not in str(caught.value)
@@ -170,11 +171,25 @@ def test_refused(status, server, path):
     assert files(path) == []
 
 
-def test_no_network(path):
+def test_no_network(path, monkeypatch):
+    monkeypatch.setenv('no_proxy', '127.0.0.1')
     with pytest.raises(DownloadError, match=r'there is no connection to 127\.0\.0\.1 \(.*refused'):
         # Nobody listens on the port of discarded data.
         download('http://127.0.0.1:9/file.pth', path, progress=False)
     assert files(path) == []
+
+
+@pytest.mark.parametrize('status', [429, 503])
+def test_a_busy_server_costs_no_bytes(status, server, path):
+    server.cuts = [300_000, 0]
+    with pytest.raises(DownloadError):
+        fetch(server, path)
+    server.status = status
+    with pytest.raises(DownloadError, match=f'answers {status} .*300,000 bytes are kept'):
+        fetch(server, path)
+    server.status = None
+    fetch(server, path)
+    assert server.requests[-1] == 'bytes=300000-'
 
 
 def test_full_disk(server, path, monkeypatch):
@@ -189,11 +204,8 @@ def test_full_disk(server, path, monkeypatch):
 
 
 def test_several_at_once_download_once(server, path):
-    threads = [threading.Thread(target=partial(fetch, server, path)) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: fetch(server, path), range(4)))  # raises what a thread raises
     assert path.read_bytes() == DATA
     assert server.requests == [None]
     assert files(path) == ['file.pth']

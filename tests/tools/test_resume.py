@@ -1,13 +1,17 @@
 """A training killed at any moment ends, once resumed, where the unbroken one ends: bit for bit."""
 
+import os
+import random
 import shutil
 import signal
 import textwrap
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
-from vrwkv.engine import AtomicCheckpointHook, CheckpointError, cli, find_checkpoints
+from vrwkv.engine import AtomicCheckpointHook, CheckpointError, cli, find_checkpoints, hooks
 from vrwkv.engine.hooks import AtomicLocalBackend
 
 WORKERS = {
@@ -338,5 +342,20 @@ def test_find_checkpoints_trusts_last_checkpoint_over_names(tmp_path):
     own = [tmp_path / 'epoch_2.pth', tmp_path / 'epoch_9.pth']
     assert find_checkpoints(tmp_path)[:3] == [*own, other / 'epoch_2.pth']
     (tmp_path / 'last_checkpoint').write_text('')
-    assert {path.name for path in find_checkpoints(tmp_path)} == {'epoch_2.pth', 'epoch_9.pth'}
+    for seconds, name in enumerate(('epoch_9.pth', 'epoch_2.pth')):  # age counts, not the number
+        os.utime(tmp_path / name, (seconds, seconds))
+    assert find_checkpoints(tmp_path) == own
     assert find_checkpoints(tmp_path / 'none') == []
+
+
+def test_each_process_draws_numbers_of_its_own(monkeypatch):
+    loader = SimpleNamespace(worker_init_fn=None, persistent_workers=False)
+    runner = SimpleNamespace(
+        seed=1, epoch=0, train_dataloader=loader, optim_wrapper=None, train_loop=None
+    )
+    drawn = []
+    for rank in (0, 1):
+        monkeypatch.setattr(hooks, 'get_rank', lambda rank=rank: rank)
+        hooks.EpochSeedHook().before_train_epoch(runner)
+        drawn.append((random.random(), np.random.rand(), torch.rand(()).item()))
+    assert all(a != b for a, b in zip(*drawn, strict=True))

@@ -100,6 +100,26 @@ class VRWKVRunner(Runner):
         QuietScreen.attach(logger)
         return logger
 
+    def build_param_scheduler(self, scheduler: dict | list) -> dict | list:
+        """Build the schedules of learning rates and momenta.
+
+        Args:
+            scheduler: As for :class:`mmengine.runner.Runner`.
+
+        Raises:
+            ValueError: If the training ends before a schedule begins.
+        """
+        try:
+            return super().build_param_scheduler(scheduler)
+        except ValueError as error:
+            if 'end should be larger than begin' not in str(error):
+                raise
+            raise ValueError(
+                f'the training of {self.max_epochs} epochs, {self.max_iters} iterations, ends '
+                f'before a schedule of param_scheduler begins ({error}): train longer (train_cfg), '
+                "or lower its begin and the 'end' of the warm-up"
+            ) from error
+
     def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
         """Wrap the model for distributed training.
 
