@@ -20,6 +20,7 @@ from mmengine.registry import DefaultScope
 from mmengine.visualization import Visualizer
 from PIL import Image
 
+import vrwkv.engine  # noqa: F401 (configs inherit from the libraries' without pkg_resources)
 from vrwkv.mmcv_ops import serve_mmcv_ops
 
 serve_mmcv_ops()  # before any test file imports mmdet or mmseg
@@ -111,7 +112,6 @@ def free_port():
 @pytest.fixture
 def load():
     """Read a checkpoint written by a test."""
-    import vrwkv.engine  # noqa: F401  (allows what mmengine saves)
 
     return lambda path: torch.load(path, weights_only=True)
 

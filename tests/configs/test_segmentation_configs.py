@@ -149,7 +149,8 @@ def test_schedule(name):
     parameter = nn.Parameter(torch.zeros(()))
     optimizer = torch.optim.SGD([parameter], lr=1.0)
     schedulers = [
-        PARAM_SCHEDULERS.build(dict(scheduler), default_args=dict(optimizer=optimizer))
+        # As the runner does, which ends a schedule with the training.
+        PARAM_SCHEDULERS.build({'optimizer': optimizer, 'end': 160_000, **scheduler})
         for scheduler in cfg.param_scheduler
     ]
     rates = []

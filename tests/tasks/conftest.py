@@ -70,7 +70,7 @@ def tiny_config():
     """Read a config of a task, and make its model small; for images of 64 pixels or less."""
     configs = Path(__file__).resolve().parents[2] / 'configs'
 
-    def tiny_config(task):
+    def tiny_config(task, name='mask-rcnn_vrwkv-adapter-tiny_fpn_1x_coco'):
         backbone = dict(embed_dims=24, depth=4, init_cfg=None)
         adapter = dict(conv_inplane=8, interaction_indexes=None, norm_cfg=dict(type='BN'))
         if task == 'classification':
@@ -78,10 +78,14 @@ def tiny_config():
             cfg.model.backbone.update(backbone)
             cfg.model.head.in_channels = 24
         elif task == 'detection':
-            name = 'mask-rcnn_vrwkv-adapter-tiny_fpn_1x_coco.py'
-            cfg = Config.fromfile(configs / 'detection' / name)
-            cfg.model.backbone.update(backbone, **adapter)
-            cfg.model.neck.update(in_channels=4 * [24], out_channels=16)
+            cfg = Config.fromfile(configs / f'detection/{name}.py')
+            cfg.model.backbone.update(backbone, **(adapter if 'adapter' in name else {}))
+            if 'vit' in name:
+                blocks = [0, 1, 2] if 'window' in name else []
+                cfg.model.backbone.window_block_indexes = blocks
+            cfg.model.neck.update(
+                in_channels=4 * [24] if 'adapter' in name else 24, out_channels=16
+            )
             cfg.model.rpn_head.update(in_channels=16, feat_channels=16)
             for kind in ('bbox', 'mask'):
                 cfg.model.roi_head[f'{kind}_roi_extractor'].out_channels = 16

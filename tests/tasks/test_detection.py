@@ -121,7 +121,7 @@ def test_roi_features_are_those_of_the_map(dtype, memory_format):
         torch.testing.assert_close(got[i : i + 1], expected, rtol=1e-5, atol=1e-6)
 
 
-def test_predictions_are_made_in_float32():
+def test_predictions_are_made_in_float32(tiny_detector):
     """Proposals from bfloat16 outputs equal those from the same numbers in float32."""
     model = tiny_detector().eval()
     model.test_cfg.rcnn.score_thr = 0.0
@@ -578,25 +578,17 @@ CROWD = dict(
 )
 
 
-def tiny_detector(name='mask-rcnn_vrwkv-adapter-tiny_fpn_1x_coco'):
+@pytest.fixture
+def tiny_detector(tiny_config):
     """Build the detector of a config at a fraction of its size."""
-    cfg = Config.fromfile(CONFIGS / f'{name}.py').model
-    cfg.backbone.update(embed_dims=24, depth=4, init_cfg=None)
-    if 'adapter' in name:
-        cfg.backbone.update(conv_inplane=8, interaction_indexes=None, norm_cfg=dict(type='BN'))
-    if 'vit' in name:
-        cfg.backbone.window_block_indexes = [0, 1, 2] if 'window' in name else []
-    cfg.neck.update(in_channels=4 * [24] if 'adapter' in name else 24, out_channels=16)
-    cfg.rpn_head.update(in_channels=16, feat_channels=16)
-    for kind in ('bbox', 'mask'):
-        cfg.roi_head[f'{kind}_roi_extractor'].out_channels = 16
-        cfg.roi_head[f'{kind}_head'].update(in_channels=16, num_classes=2)
-    cfg.roi_head.bbox_head.fc_out_channels = 32
-    cfg.roi_head.mask_head.conv_out_channels = 16
-    torch.manual_seed(0)
-    model = build(cfg).train()
-    model.init_weights()
-    return model
+
+    def tiny_detector(*name):
+        torch.manual_seed(0)
+        model = build(tiny_config('detection', *name).model).train()
+        model.init_weights()
+        return model
+
+    return tiny_detector
 
 
 def train_step(model, samples):
@@ -621,7 +613,7 @@ def train_step(model, samples):
         'mask-rcnn_vrwkv-tiny_simple-fpn_1x_coco',
     ],
 )
-def test_the_other_backbones_train_and_predict(name, tmp_path):
+def test_the_other_backbones_train_and_predict(name, tiny_detector, tmp_path):
     write_coco(tmp_path, [{}, dict(image_id=1)], side=80)  # padded to 96
     data = dataset(tmp_path)
     model = tiny_detector(name)
@@ -641,7 +633,7 @@ def test_the_other_backbones_train_and_predict(name, tmp_path):
     [[], [{}], [CROWD], [{}, CROWD, dict(image_id=1)]],
     ids=['none', 'one', 'crowd', 'both'],
 )
-def test_images_without_objects_and_crowds_train(tmp_path, annotations):
+def test_images_without_objects_and_crowds_train(tiny_detector, tmp_path, annotations):
     """No loss is NaN, all parameters get a gradient, and crowds are no objects."""
     write_coco(tmp_path, annotations)
     data = dataset(tmp_path)
