@@ -209,7 +209,8 @@ def test_fine_tuning(name, depth, rate, decay, drop_path):
         elif key.startswith('backbone.layers.'):
             place = int(key.split('.')[2]) + 1
         assert group['lr'] == pytest.approx(rate * decay ** (depth + 1 - place), rel=1e-9), key
-        assert group['weight_decay'] == (0 if parameter.dim() == 1 else 0.05), key
+        spared = parameter.dim() == 1 or key == 'backbone.pos_embed'
+        assert group['weight_decay'] == (0 if spared else 0.05), key
 
 
 @pytest.mark.parametrize(('name', 'dim'), [(BASE_PROBE, 768), (LARGE_PROBE, 1024)])
@@ -223,6 +224,9 @@ def test_linear_probing(name, dim):
     assert type(model.head.loss_module).__name__ == 'CrossEntropyLoss'
     optimizer = build_optimizer(name)
     assert type(optimizer).__name__ == 'LARS'
+    cfg = load(name)
+    pipelines = (cfg[f'{split}_dataloader'].dataset.pipeline for split in ('train', 'test'))
+    assert {t.interpolation for ts in pipelines for t in ts if 'scale' in t} == {'bicubic'}
     for group in optimizer.param_groups:
         assert (group['lr'], group['momentum'], group['weight_decay']) == (6.4, 0.9, 0)
 

@@ -17,8 +17,8 @@ model = dict(
 optim_wrapper = dict(
     clip_grad=None,
     constructor='LearningRateDecayOptimWrapperConstructor',
-    # With layer decay, vectors have no weight decay.
-    paramwise_cfg=dict(flat_decay_mult=0.0),
+    # As in MAE's code: vectors and positions have no weight decay.
+    paramwise_cfg=dict(flat_decay_mult=0.0, custom_keys=dict(pos_embed=dict(decay_mult=0.0))),
 )
 
 param_scheduler = [

@@ -2,7 +2,7 @@
 # without parameters. A config adds the size.
 _base_ = [
     '../models/vrwkv/classifier.py',
-    'mmpretrain::_base_/datasets/imagenet_bs32_pil_resize.py',
+    'mmpretrain::_base_/datasets/imagenet_bs32_pil_bicubic.py',
     '../default_runtime_cls.py',
 ]
 

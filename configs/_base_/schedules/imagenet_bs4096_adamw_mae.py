@@ -2,7 +2,7 @@
 optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='AdamW', betas=(0.9, 0.95)),
-    # As in MAE's code: vectors, positions and the mask token have no weight decay.
+    # As in mmpretrain's MAE: vectors, positions and the mask token have no weight decay.
     paramwise_cfg=dict(
         norm_decay_mult=0.0,
         bias_decay_mult=0.0,
