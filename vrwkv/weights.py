@@ -78,10 +78,10 @@ def require_fit(
             constructor arguments that differ, or else the shapes.
     """
     _require_family(module, state_dict, prefix, remedy)
-    if _is_part(module, state_dict, prefix):
-        return
     own, loaded = dict(module.named_parameters()), _below(state_dict, prefix)
     ours, theirs = _arguments(own), _arguments(loaded)
+    if _is_part(module, state_dict, prefix):  # which may have fewer layers
+        theirs = {name: theirs[name] for name in theirs if not name.endswith('depth')}
     differing = [
         f'{name}={theirs[name]} (here {ours[name]})'
         for name in ours

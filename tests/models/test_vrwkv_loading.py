@@ -206,6 +206,11 @@ def test_some_of_its_own_weights():
     model.load_state_dict(part, strict=False)
     assert torch.equal(model.layers[1].att.key.weight, given.layers[1].att.key.weight)
     assert torch.equal(model.layers[0].att.key.weight, before)
+    other = VRWKV(**SMALL | {'embed_dims': 24}).state_dict()
+    with pytest.raises(
+        RuntimeError, match=r'embed_dims=24|of shape \(24'
+    ):  # mmengine would only log it
+        by_mmengine(model, {key: other[key] for key in part}, None)
 
 
 def test_wrapped_layers():

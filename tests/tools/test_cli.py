@@ -214,7 +214,7 @@ def test_without_a_training_set(section, option, toy_config):
 def test_training_shorter_than_its_warm_up(toy_config, tmp_path):
     schedules = [dict(type='LinearLR', end=2), dict(type='CosineAnnealingLR', begin=2)]
     changes = f"param_scheduler = {schedules}\ntrain_cfg['max_epochs'] = 1"
-    with pytest.raises(ValueError, match=r'training of 1 epochs, .* before a schedule'):
+    with pytest.raises(ValueError, match=r'ends before it begins .*begin=2, end=1\).*train longer'):
         cli.train([str(toy_config(changes=changes)), '--work-dir', str(tmp_path / 'w')])
 
 

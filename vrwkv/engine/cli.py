@@ -170,7 +170,9 @@ def test(argv: list[str] | None = None) -> None:
         '--wait-time', type=float, default=2, help='seconds that --show shows a sample'
     )
     parser.add_argument(
-        '--tta', action='store_true', help='augment at test time as the config says'
+        '--tta',
+        action='store_true',
+        help='augment at test time, as the config says or, for classifiers, by a flip',
     )
     args = _parse(parser, argv)
     with QuietScreen(args.verbose):

@@ -107,7 +107,7 @@ class VRWKVRunner(Runner):
             scheduler: As for :class:`mmengine.runner.Runner`.
 
         Raises:
-            ValueError: If the training ends before a schedule begins.
+            ValueError: If a schedule ends before it begins, as where the training is too short.
         """
         try:
             return super().build_param_scheduler(scheduler)
@@ -115,9 +115,9 @@ class VRWKVRunner(Runner):
             if 'end should be larger than begin' not in str(error):
                 raise
             raise ValueError(
-                f'the training of {self.max_epochs} epochs, {self.max_iters} iterations, ends '
-                f'before a schedule of param_scheduler begins ({error}): train longer (train_cfg), '
-                "or lower its begin and the 'end' of the warm-up"
+                f'a schedule of param_scheduler ends before it begins ({error}). Without an end it '
+                f'ends with the training, after {self.max_iters} iterations: train longer '
+                '(train_cfg), or lower its begin and the end of the warm-up'
             ) from error
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:

@@ -37,9 +37,9 @@ class Recompute:
 
     def cheap(self, function: Callable, *inputs: Tensor) -> Any:
         """Return ``function(*inputs)``, a tensor or a tuple of tensors, to be computed again."""
-        if not self.enabled or _is_customised(function):
-            return self.use(function, *inputs)
         results = self.use(function, *inputs)
+        if not self.enabled or _is_customised(function):
+            return results
         step = _Step(function, [self._find(x) or _Kept(x) for x in inputs], inputs[0].device)
         for index, x in enumerate((results,) if isinstance(results, Tensor) else results):
             self.known[_storage(x)] = weakref.ref(x), _Result(step, index)
