@@ -7,8 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vrwkv.mmcv_ops import serve_mmcv_ops
-
 from .dense_bi_wkv import dense_bi_wkv
 from .dense_bi_wkv6 import dense_bi_wkv6
 
@@ -218,13 +216,19 @@ def _mixed(mode: str, count: int) -> Operator:
 
 
 def _ms_deform_attn(value, spatial_shapes, sampling_locations, attention_weights):
-    """mmcv's PyTorch function, which Deformable DETR's models run on a CPU."""
-    serve_mmcv_ops()
-    from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
-
-    return multi_scale_deformable_attn_pytorch(
-        value, spatial_shapes, sampling_locations, attention_weights
-    )
+    """The definition by PyTorch's grid_sample; tests/tasks/test_mmcv_ops.py compares with mmcv."""
+    batch, _, heads, channels = value.shape
+    queries = sampling_locations.shape[1]
+    total = start = 0
+    for level, (height, width) in enumerate(spatial_shapes):
+        maps = value[:, start : start + height * width].permute(0, 2, 3, 1)
+        maps = maps.reshape(batch * heads, channels, height, width)
+        places = 2 * sampling_locations[:, :, :, level].transpose(1, 2).flatten(0, 1) - 1
+        samples = F.grid_sample(maps, places, align_corners=False)  # (B H, D, Q, P)
+        weights = attention_weights[:, :, :, level].transpose(1, 2).flatten(0, 1)[:, None]
+        total = total + (samples * weights).sum(3)
+        start += height * width
+    return total.view(batch, heads, channels, queries).permute(0, 3, 1, 2).flatten(2)
 
 
 def _deformable(shapes: tuple[tuple[int, int], ...], points: int, wide: bool = False) -> Operator:

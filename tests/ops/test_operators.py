@@ -214,9 +214,9 @@ SEVERAL_TILES = [
 
 
 @contextlib.contextmanager
-def deterministic(is_on=True):
+def deterministic(is_on=True, warn_only=False):
     """Ask for deterministic algorithms; PyTorch then fills new memory with NaN, too."""
-    torch.use_deterministic_algorithms(is_on)
+    torch.use_deterministic_algorithms(is_on, warn_only=warn_only)
     try:
         yield
     finally:
@@ -252,7 +252,7 @@ def test_every_output_element_is_written(backend, shape, name, options, dtype):
     """With fresh memory full of NaN, results stay the same."""
     call = OPERATORS[name].make(shape, dtype, backend.device, **options)
     expected = call.run(backend)
-    with deterministic():
+    with deterministic(warn_only=True):  # on a GPU, PyTorch's cumsum is not
         assert torch.empty(3, device=backend.device).isnan().all()
         results = call.run(backend)
     if has_atomics(backend, name):
