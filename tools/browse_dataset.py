@@ -65,6 +65,8 @@ class Browser:
                 len(self.dataset)  # lists the files, if that is put off
             except Exception as error:  # any, since it is what the user looks for
                 self.problems.append(describe(error))
+        # LoadRaster keeps the order of a file, and mmcv's loaders begin with blue.
+        self.is_rgb = 'LoadRaster' in str(cfg[f'{split}_dataloader'].dataset)
         self.classes = list(getattr(self.dataset, 'metainfo', {}).get('classes') or ())
 
     def look(self, limit: int | None, samples: int) -> None:
@@ -113,7 +115,7 @@ class Browser:
             self.sizes.append(tuple(sample.ori_shape[:2]))
         self._count(sample)
         if draw:
-            self.samples.append((as_picture(image), sample))
+            self.samples.append((as_picture(image, self.is_rgb), sample))
         batch = pseudo_collate([data])
         for hook in self.hooks:
             getattr(hook, f'before_{self.split}_iter')(None, index, batch)
@@ -256,17 +258,18 @@ def dtype(tensor: torch.Tensor) -> str:
     return str(tensor.dtype).removeprefix('torch.')
 
 
-def as_picture(image: torch.Tensor) -> np.ndarray:
+def as_picture(image: torch.Tensor, is_rgb: bool) -> np.ndarray:
     """Turn an image of any bands and type into one to look at.
 
     Args:
-        image: Of shape (bands, height, width), its colours in the order blue, green, red.
+        image: Of shape (bands, height, width).
+        is_rgb: Whether its colours are in the order red, green, blue, and not in the reverse.
 
     Returns:
         Of shape (height, width, 3), RGB, uint8; values of other types are stretched to 0 to 255.
     """
     image = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
-    image = image.flip(0).permute(1, 2, 0).numpy()
+    image = (image if is_rgb else image.flip(0)).permute(1, 2, 0).numpy()
     if image.dtype != np.uint8:
         image = image.astype(np.float32)
         low, high = image.min(), image.max()

@@ -67,13 +67,15 @@ class Predictor:
         cfg = read_config(config)
         self.model: nn.Module = load_model(cfg, checkpoint).to(device)
         self.preprocessor = self.model.data_preprocessor
-        loader = cfg.test_pipeline[0] if 'test_pipeline' in cfg else dict(type='LoadRaster')
+        if cfg.get('default_scope') != 'mmseg':
+            raise ValueError(f'{config} is no config of a segmentor')
+        loader = (cfg.get('test_pipeline') or cfg.test_dataloader.dataset.pipeline)[0]
         self.loads_raster = loader['type'] == 'LoadRaster'
         self.bands = loader.get('bands') if self.loads_raster else None
         # mmcv scales the values of other images to 8 bits, unless it is told to leave them.
         self.eight_bits = not self.loads_raster and loader.get('color_type') != 'unchanged'
         self.channels = self.preprocessor.mean.numel()
-        outputs = self.model.decode_head.out_channels
+        outputs = self.model.out_channels
         self.classes = max(outputs, 2)
         # Of the probability of class 1, where mmseg has one output for two classes.
         self.threshold = self.model.decode_head.threshold if outputs == 1 else None
@@ -304,7 +306,7 @@ def predict_window(predictor: Predictor, raster, grid: Grid, work: Work, i: int,
 
 
 def assemble(
-    path: Path, kind: str, grid: Grid, work: Work, profile: dict, predictor: Predictor
+    path: Path, kind: str, grid: Grid, work: Work, profile: dict, gcps: tuple, predictor: Predictor
 ) -> bool:
     """Write the windows to a file, read it again to be sure, and give it its name.
 
@@ -325,6 +327,8 @@ def assemble(
 
     try:
         with rasterio.open(part, 'w', **profile) as out:
+            if gcps[0]:
+                out.gcps = gcps
             if kind == 'labels':
                 if predictor.palette:
                     colours = dict(enumerate(map(tuple, predictor.palette)))
@@ -397,15 +401,15 @@ def run(args: argparse.Namespace) -> None:
             compress='deflate',
             bigtiff='if_safer',
         )
-        found = assemble(
-            args.output, 'labels', grid, work, dict(profile, nodata=IGNORE_INDEX), predictor
-        )
+        gcps = raster.gcps  # ground control points, in place of a transform
+        labels = dict(profile, nodata=IGNORE_INDEX)
+        found = assemble(args.output, 'labels', grid, work, labels, gcps, predictor)
         if not found:
             shutil.rmtree(work.folder)
             raise ValueError(f'{args.raster} has no pixel with data: all are nodata')
         if args.probabilities:
             many = dict(profile, count=predictor.classes, interleave='band')
-            assemble(args.probabilities, 'probabilities', grid, work, many, predictor)
+            assemble(args.probabilities, 'probabilities', grid, work, many, gcps, predictor)
             shutil.move(work.folder / 'probabilities.done.tif', args.probabilities)
     shutil.move(work.folder / 'labels.done.tif', args.output)
     shutil.rmtree(work.folder)
@@ -419,7 +423,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument('config', help='config of a segmentor')
     parser.add_argument('checkpoint', help='its weights')
-    parser.add_argument('raster', type=Path, help='the raster')
+    parser.add_argument('raster', help='the raster')
     parser.add_argument('output', type=Path, help='the map of classes to write')
     parser.add_argument(
         '--memory', type=size, default='4GiB', help='for the process (default: %(default)s)'
@@ -435,6 +439,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if not 0 <= args.overlap <= TILE:
         parser.error(f'--overlap must lie between 0 and {TILE}, got {args.overlap}')
+    if args.probabilities == args.output:
+        parser.error(f'--probabilities needs another file than the map, got {args.output}')
     try:
         run(args)
     except (CheckpointError, ValueError, OSError, ImportError) as error:
@@ -442,6 +448,8 @@ def main(argv: list[str] | None = None) -> int:
         if getattr(error, 'errno', None) == errno.ENOSPC:
             print('Free some space and start again: finished windows are kept', file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        parser.exit(130, '\nInterrupted. The same command continues.\n')
     return 0
 
 

@@ -42,18 +42,15 @@ def open_raster(path: str | os.PathLike) -> DatasetReader:
     """Open a raster.
 
     Args:
-        path: The file.
+        path: The file, or any other name of a raster that GDAL knows.
 
     Returns:
         rasterio's data set, to be closed by the caller.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is no raster.
+        ValueError: If there is no such raster.
     """
     rasterio = import_rasterio()
-    if not os.path.exists(path):
-        raise FileNotFoundError(f'{path} does not exist')
     try:
         return rasterio.open(path)
     except rasterio.errors.RasterioIOError as error:
@@ -209,7 +206,7 @@ class LoadRasterAnnotations(LoadAnnotations):
         with open_raster(path) as raster:
             if raster.count != 1 or np.dtype(raster.dtypes[0]).kind not in 'iu':
                 raise ValueError(
-                    f'the label map {path} has {raster.count} bands of {raster.dtypes[0]}: '
+                    f'the label map {path} has {raster.count} band(s) of {raster.dtypes[0]}: '
                     'expected one band of whole numbers, the indices of classes'
                 )
             labels, valid = read_bands(raster)
@@ -224,6 +221,11 @@ class LoadRasterAnnotations(LoadAnnotations):
         if results.get('label_map') is not None:
             labels = np.vectorize(lambda x: results['label_map'].get(x, x))(labels)
         if 'valid' in results:
+            if labels.shape != results['valid'].shape:
+                raise ValueError(
+                    f'the label map {results["seg_map_path"]} of shape {labels.shape} is for an '
+                    f'image of shape {results["valid"].shape}: expected equal heights and widths'
+                )
             labels[~results['valid']] = IGNORE_INDEX
         results['gt_seg_map'] = labels.astype(np.uint8)
         results['seg_fields'].append('gt_seg_map')

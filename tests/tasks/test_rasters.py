@@ -3,6 +3,7 @@
 import errno
 import itertools
 import re
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from mmseg.registry import DATASETS, TRANSFORMS
+from rasterio.control import GroundControlPoint
 
 import vrwkv_seg  # noqa: F401
 from vrwkv.analysis.models import load_model
@@ -358,8 +360,9 @@ def test_map_equals_blended_windows(tool, repository, checkpoint, raster, monkey
         predict(*args)
 
     monkeypatch.setattr(tool, 'predict_window', dies)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as ended:
         tool.main(argv)
+    assert ended.value.code == 130
     out = raster.with_name('out.tif')
     assert not out.exists() and not probabilities.exists()
     monkeypatch.setattr(tool, 'predict_window', lambda *a: (calls.append(a[-2:]), predict(*a)))
@@ -392,7 +395,7 @@ def test_map_equals_blended_windows(tool, repository, checkpoint, raster, monkey
         (lambda x: write(x, read(x) * 0, nodata=0), 'no pixel with data'),
         (lambda x: write(x, np.where(read(x) > 0, np.nan, 1)), 'NaN or infinite'),
         (truncate, 'truncated or damaged|as a raster'),
-        (lambda x: x.unlink(), 'does not exist'),
+        (lambda x: x.unlink(), 'No such file'),
     ],
 )
 def test_bad_rasters_leave_no_map(tool, repository, checkpoint, raster, capfd, change, message):
@@ -408,6 +411,21 @@ def test_a_raster_without_crs(tool, repository, checkpoint, raster):
     assert tool.main(arguments(repository, checkpoint, raster)) == 0
     with rasterio.open(raster.with_name('out.tif')) as file:
         assert file.crs is None
+
+
+def test_a_raster_in_an_archive_with_ground_control_points(tool, repository, checkpoint, raster):
+    points = [GroundControlPoint(row, col, 2 + col, 40 - row) for row in (0, 9) for col in (0, 9)]
+    with rasterio.open(raster, 'r+') as file:
+        file.gcps = points, 'EPSG:4326'
+    with zipfile.ZipFile(raster.with_name('a.zip'), 'w') as archive:
+        archive.write(raster, 'x.tif')
+    argv = arguments(repository, checkpoint, raster)
+    argv[argv.index(str(raster))] = f'/vsizip/{raster.with_name("a.zip")}/x.tif'
+    assert tool.main(argv) == 0
+    with rasterio.open(raster.with_name('out.tif')) as file:
+        found, crs = file.gcps
+    assert crs == 'EPSG:4326'
+    assert [(p.row, p.col, p.x, p.y) for p in found] == [(p.row, p.col, p.x, p.y) for p in points]
 
 
 def test_full_disk_leaves_no_map(tool, repository, checkpoint, raster, monkeypatch, capfd):

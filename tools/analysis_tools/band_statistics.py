@@ -9,6 +9,7 @@ _base_ of yours, and its settings into the model: model = dict(_base_.pop('bands
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -46,7 +47,7 @@ class Statistics:
         self.count = total
 
 
-def compute(paths: Sequence[Path], bands: Sequence[int] | None = None) -> Statistics:
+def compute(paths: Sequence[str], bands: Sequence[int] | None = None) -> Statistics:
     """Compute the statistics of rasters.
 
     Args:
@@ -94,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('rasters', nargs='+', type=Path, help='the training images')
+    parser.add_argument('rasters', nargs='+', help='the training images')
     parser.add_argument(
         '--bands', nargs='+', type=int, metavar='BAND',
         help='numbers of the bands, from 1, in the order of the model (default: all)',
@@ -102,7 +103,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--out', type=Path, required=True, help='the config to write')
     args = parser.parse_args(argv)
 
-    statistics = compute(args.rasters, args.bands)
+    try:
+        statistics = compute(args.rasters, args.bands)
+    except (OSError, ValueError, ImportError) as error:
+        sys.exit(f'Error: {error}')
     mean = [float(f'{value:.6g}') for value in statistics.mean]
     deviation = [float(f'{v:.6g}') for v in np.sqrt(statistics.squares / statistics.count)]
     text = (
