@@ -115,7 +115,7 @@ class Browser:
             self.sizes.append(tuple(sample.ori_shape[:2]))
         self._count(sample)
         if draw:
-            self.samples.append((as_picture(image, self.is_rgb), sample))
+            self.samples.append((images.as_picture(image, self.is_rgb), sample))
         batch = pseudo_collate([data])
         for hook in self.hooks:
             getattr(hook, f'before_{self.split}_iter')(None, index, batch)
@@ -256,25 +256,6 @@ def describe(error: Exception) -> str:
 def dtype(tensor: torch.Tensor) -> str:
     """Name a tensor's type without its package."""
     return str(tensor.dtype).removeprefix('torch.')
-
-
-def as_picture(image: torch.Tensor, is_rgb: bool) -> np.ndarray:
-    """Turn an image of any bands and type into one to look at.
-
-    Args:
-        image: Of shape (bands, height, width).
-        is_rgb: Whether its colours are in the order red, green, blue, and not in the reverse.
-
-    Returns:
-        Of shape (height, width, 3), RGB, uint8; values of other types are stretched to 0 to 255.
-    """
-    image = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
-    image = (image if is_rgb else image.flip(0)).permute(1, 2, 0).numpy()
-    if image.dtype != np.uint8:
-        image = image.astype(np.float32)
-        low, high = image.min(), image.max()
-        image = ((image - low) * (255 / max(high - low, 1e-12))).astype(np.uint8)
-    return np.ascontiguousarray(image)
 
 
 def paint(

@@ -13,6 +13,7 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from mmseg.registry import DATASETS, TRANSFORMS
+from PIL import Image
 from rasterio.control import GroundControlPoint
 
 import vrwkv_seg  # noqa: F401
@@ -213,6 +214,10 @@ param_scheduler = []
 train_cfg = dict(max_iters=2, val_interval=2)
 """)
     cli.train([str(config), '--work-dir', str(tmp_path / 'work')])
+    drawn = ['--work-dir', str(tmp_path / 'work'), '--show-dir', str(tmp_path / 'drawn')]
+    cli.test([str(config), str(tmp_path / 'work/iter_2.pth'), *drawn])
+    picture = np.asarray(Image.open(next((tmp_path / 'drawn').rglob('*.png'))))
+    assert picture.std() > 20  # mmseg's own would be black, of 16 bits divided by 256
     out = tmp_path / 'map.tif'
     files = (config, tmp_path / 'work/iter_2.pth', root / 'large.tif', out)
     assert load_script('tools/predict_raster.py').main([*map(str, files), '--overlap', '32']) == 0

@@ -365,6 +365,8 @@ def _draw_predictions(cfg: Config, args: argparse.Namespace) -> None:
         hook.enable = True
     elif kind in ('DetVisualizationHook', 'SegVisualizationHook'):
         hook.draw = True
+        if 'LoadRaster' in str(cfg.test_dataloader):  # of vrwkv_seg
+            hook.type = 'RasterVisualizationHook'
     else:
         raise ValueError(
             '--show and --show-dir need default_hooks.visualization in the config, with the type '

@@ -311,3 +311,22 @@ def imread(img_or_path, *args, **kwargs) -> np.ndarray:
         if header is not None:
             require_readable(img_or_path, header, 'color', 'cv2')
     return mmcv.imread(img_or_path, *args, **kwargs)
+
+
+def as_picture(image: torch.Tensor, is_rgb: bool) -> np.ndarray:
+    """Turn an image of any bands and type into one to look at.
+
+    Args:
+        image: Of shape (bands, height, width).
+        is_rgb: Whether its colours are in the order red, green, blue, and not in the reverse.
+
+    Returns:
+        Of shape (height, width, 3), RGB, uint8; values of other types are stretched to 0 to 255.
+    """
+    image = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
+    image = (image if is_rgb else image.flip(0)).permute(1, 2, 0).numpy()
+    if image.dtype != np.uint8:
+        image = image.astype(np.float32)
+        low, high = image.min(), image.max()
+        image = ((image - low) * (255 / max(high - low, 1e-12))).astype(np.uint8)
+    return np.ascontiguousarray(image)
