@@ -5,7 +5,6 @@ import logging
 import os
 import pickle
 import re
-import signal
 import sys
 import warnings
 from pathlib import Path
@@ -84,7 +83,10 @@ def test_launchers(toy_config, final_config, monkeypatch, capsys):
 
 
 def test_interrupt(toy_config, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(VRWKVRunner, 'train', lambda self: signal.raise_signal(signal.SIGINT))
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(VRWKVRunner, 'train', interrupted)
     with pytest.raises(SystemExit) as ended:
         cli.train([str(toy_config()), '--work-dir', str(tmp_path / 'w')])
     assert ended.value.code == 130
