@@ -306,7 +306,7 @@ def predict_window(predictor: Predictor, raster, grid: Grid, work: Work, i: int,
 
 
 def assemble(
-    path: Path, kind: str, grid: Grid, work: Work, profile: dict, gcps: tuple, predictor: Predictor
+    path: Path, kind: str, grid: Grid, work: Work, profile: dict, predictor: Predictor
 ) -> bool:
     """Write the windows to a file, read it again to be sure, and give it its name.
 
@@ -327,8 +327,6 @@ def assemble(
 
     try:
         with rasterio.open(part, 'w', **profile) as out:
-            if gcps[0]:
-                out.gcps = gcps
             if kind == 'labels':
                 if predictor.palette:
                     colours = dict(enumerate(map(tuple, predictor.palette)))
@@ -387,29 +385,29 @@ def run(args: argparse.Namespace) -> None:
                 work.path(kind, *cell).unlink(missing_ok=True)
             progress.update()
         print()
+        points, points_crs = raster.gcps  # ground control points, in place of a transform
         profile = dict(
             driver='GTiff',
             height=raster.height,
             width=raster.width,
             count=1,
             dtype='uint8',
-            crs=raster.crs,
-            transform=raster.transform,
+            crs=raster.crs or points_crs,
+            **(dict(gcps=points) if points else dict(transform=raster.transform)),
             tiled=True,
             blockxsize=TILE,
             blockysize=TILE,
             compress='deflate',
             bigtiff='if_safer',
         )
-        gcps = raster.gcps  # ground control points, in place of a transform
         labels = dict(profile, nodata=IGNORE_INDEX)
-        found = assemble(args.output, 'labels', grid, work, labels, gcps, predictor)
+        found = assemble(args.output, 'labels', grid, work, labels, predictor)
         if not found:
             shutil.rmtree(work.folder)
             raise ValueError(f'{args.raster} has no pixel with data: all are nodata')
         if args.probabilities:
             many = dict(profile, count=predictor.classes, interleave='band')
-            assemble(args.probabilities, 'probabilities', grid, work, many, gcps, predictor)
+            assemble(args.probabilities, 'probabilities', grid, work, many, predictor)
             shutil.move(work.folder / 'probabilities.done.tif', args.probabilities)
     shutil.move(work.folder / 'labels.done.tif', args.output)
     shutil.rmtree(work.folder)

@@ -204,8 +204,8 @@ def _require_family(
 def _is_part(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str) -> bool:
     """Return whether these are some of the model's own weights, as of the trained parameters."""
     names = _below(state_dict, prefix).keys()
-    own = module.state_dict().keys()
-    return bool(names) and names <= own and FAMILIES.keys().isdisjoint(names)
+    is_partial = bool(names) and FAMILIES.keys().isdisjoint(names)
+    return is_partial and names <= module.state_dict().keys()
 
 
 def _below(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

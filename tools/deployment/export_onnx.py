@@ -5,15 +5,16 @@ from __future__ import annotations
 import sys
 
 from deployment import ERRORS, images_of, parser, run
+from mmengine.config import Config
 
 from vrwkv.analysis.models import read_config
 from vrwkv.export import OPSETS, Export, quantize_onnx, to_onnx
 from vrwkv.exported import load_exported
 
 
-def quantise(export: Export, config: str, calibration: int, evaluation: int) -> None:
+def quantise(export: Export, cfg: Config, calibration: int, evaluation: int) -> None:
     """Write the quantised file, and print both files' accuracy or their difference."""
-    cfg, shape = read_config(config), export.metadata['shape']
+    shape = export.metadata['shape']
     images = (batch for batch, _ in images_of(cfg, export.model, shape, calibration))
     out = export.path.with_name(f'{export.path.stem}-int8.onnx')
     quantize_onnx(export.path, out, images)
@@ -45,14 +46,15 @@ def main(argv: list[str] | None = None) -> None:
     )
     args = command.parse_args(argv)
     try:
-        if args.int8 and not read_config(args.config).get('val_dataloader'):
+        cfg = read_config(args.config)
+        if args.int8 and not cfg.get('val_dataloader'):
             raise ValueError(
                 f'--int8 reads images of the validation set, and {args.config} has no '
                 'val_dataloader: add one to a copy of it'
             )
         export = run(to_onnx, args, opset=args.opset)
         if args.int8:
-            quantise(export, args.config, args.calibration, args.evaluation)
+            quantise(export, cfg, args.calibration, args.evaluation)
     except ERRORS as error:
         sys.exit(f'Error: {error}')
 

@@ -1,4 +1,4 @@
-"""Checks of images: in the file, as loaded, and as the model takes them; shared by the tasks.
+"""Checks of images: in the file, as loaded, and as the model takes them; pictures to look at.
 
 This module needs mmcv, so :mod:`vrwkv.engine` does not import it.
 """

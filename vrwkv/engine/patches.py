@@ -395,8 +395,7 @@ def predict_in_float32() -> None:
     def add_in_float32(self, data_samples: list, results_list: list) -> list:
         for result in results_list:
             for name, value in result.items():
-                if isinstance(value, Tensor) and value.dtype == torch.bfloat16:
-                    result.set_field(value.float(), name)
+                result.set_field(_widen(value, set()), name)
         return add(self, data_samples, results_list)
 
     BaseDetector.add_pred_to_datasample = add_in_float32
