@@ -145,6 +145,16 @@ def test_a_figure_from_a_process_of_its_own(tool, args):
     assert 20 * 2**20 < row.memory < 2**30
 
 
+@pytest.mark.parametrize(('timeout', 'figure'), [(100, 1), (40, 1 / 4)])
+def test_two_passes_warm_up(tool, args, monkeypatch, timeout, figure):
+    """The figure is the median of the passes after them, or the last of all if they take long."""
+    passes = iter([8.0, 4.0, 1.0, 1.0])
+    monkeypatch.setattr(tool, 'seconds', lambda *_: next(passes))
+    monkeypatch.setattr(tool, 'keep_freed_memory', lambda: None)
+    args.repeats, args.timeout = 2, timeout
+    assert tool.measure(args, 'tiny', tool.OURS, 32).images_per_second == figure
+
+
 def test_too_little_memory(tool, tmp_path):
     """The limit holds in the process of the figure, which says what happened."""
     arguments = ['--device', 'cpu', '--memory-limit', '0.01', '--out', str(tmp_path)]

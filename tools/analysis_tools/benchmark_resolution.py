@@ -183,14 +183,16 @@ def measure(args: argparse.Namespace, size: str, model: str, resolution: int) ->
 
     times = [seconds(step, args.device)]
     row.memory = peak_memory(args.device) - before
+    warm_up = 1
     if not args.train:
         keep_freed_memory()
-    while len(times) <= args.repeats and sum(times) <= args.timeout / 4:
+        warm_up = 2  # the next step still asks the system for the memory that it then keeps
+    while len(times) < warm_up + args.repeats and sum(times) <= args.timeout / 4:
         times.append(seconds(step, args.device))
     if args.train:  # a later step holds the gradients of the one before
         row.memory = peak_memory(args.device) - before
-    # The first step warms up; it counts if the others are skipped because it took so long.
-    row.images_per_second = args.batch_size / statistics.median(times[1:] or times)
+    # The last step counts if the others are skipped because they take so long.
+    row.images_per_second = args.batch_size / statistics.median(times[warm_up:] or times[-1:])
     return row
 
 
