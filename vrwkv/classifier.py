@@ -146,7 +146,8 @@ class VisionRWKV(
 
     Args:
         family: The class of the backbone, ``'VRWKV'`` or ``'VRWKV6'``.
-        num_classes: Number of classes. With 0 there is no head, and the output has C channels.
+        num_classes: Number of classes. With 0 there is no last layer: the output has the channels
+            of the hidden layer, or C.
         hidden_dims: Channels of the hidden layer of an MLP head with tanh, as the released Large
             has it, or None for a linear head.
         global_pool: How the map becomes one vector: ``'avg'``, ``'max'``, ``'avgmax'`` (the mean
@@ -176,8 +177,6 @@ class VisionRWKV(
         check_rate('head_drop_rate', head_drop_rate)
         if hidden_dims is not None:
             check_int('hidden_dims', hidden_dims, 1)
-        if not num_classes:
-            hidden_dims = None  # there is no head
         #: The arguments, as ``config.json`` has them.
         self.config: dict[str, Any] = dict(
             family=family,

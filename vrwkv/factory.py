@@ -90,7 +90,7 @@ def create_model(
         raise ValueError(f'out_indices={out_indices!r} needs features_only=True')
     else:
         num_classes = variant.num_classes if num_classes is None else num_classes
-        args = dict(hidden_dims=variant.hidden_dims) | args
+        args = dict(hidden_dims=variant.hidden_dims if num_classes else None) | args
         model = VisionRWKV(variant.family, num_classes, **args)
     if pretrained not in (False, None):
         _load(model, pretrained, variant)

@@ -379,7 +379,7 @@ def load_classifier(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
             'build the model with the arguments of the checkpoint (init_values, key_norm, '
             'final_norm, ...)'
         )
-    if model is not backbone and model.num_classes:
+    if model is not backbone and model.head.state_dict():
         _load_head(model.head, head)
 
 
@@ -446,6 +446,8 @@ def _load_head(head: nn.Module, weights: dict[str, Tensor]) -> None:
     if not weights:
         warnings.warn('the weights have no head: the head stays random', stacklevel=5)
         return
+    if not last:  # the model has the hidden layer alone
+        weights = {name: value for name, value in weights.items() if name in own}
     fits = weights.keys() == own.keys() and all(
         weights[name].shape[name in last :] == own[name].shape[name in last :] for name in own
     )
@@ -455,8 +457,8 @@ def _load_head(head: nn.Module, weights: dict[str, Tensor]) -> None:
             f'({_shapes(own)}): build the model with the hidden_dims of the checkpoint, or with '
             'num_classes=0 and then call reset_classifier'
         )
-    classes = [len(values[last[0]]) for values in (weights, own)]
-    if classes[0] != classes[1]:
+    classes = [len(values[last[0]]) for values in (weights, own) if last]
+    if len(set(classes)) > 1:
         warnings.warn(
             f'the weights are for {classes[0]} classes and the model has {classes[1]}: the last '
             'layer of the head stays random',

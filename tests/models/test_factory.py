@@ -379,6 +379,7 @@ def test_saved_folder(source, tmp_path):
     'change',
     [
         lambda model: model.reset_classifier(3),
+        lambda model: model.reset_classifier(0),
         lambda model: model.prune_intermediate_layers([0]),
         lambda model: model.prune_intermediate_layers([0], prune_norm=True, prune_head=False),
     ],
@@ -391,7 +392,10 @@ def test_changed_model_is_saved_as_it_is(num_classes, change, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         again = vrwkv.VisionRWKV.from_pretrained(tmp_path)
+        headless = vrwkv.VisionRWKV.from_pretrained(tmp_path, num_classes=0)
     assert torch.equal(again(images()), model(images()))
+    model.reset_classifier(0)
+    assert torch.equal(headless(images()), model(images()))
 
 
 def test_grid_that_is_not_square_is_saved(tmp_path):

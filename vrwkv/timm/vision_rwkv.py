@@ -78,7 +78,8 @@ def _entrypoint(name: str, variant: Variant) -> Callable[..., nn.Module]:
     """Return timm's function for a model."""
 
     def build(pretrained: bool = False, **kwargs) -> nn.Module:
-        arguments = dict(family=variant.family, hidden_dims=variant.hidden_dims, **variant.backbone)
+        hidden_dims = None if kwargs.get('num_classes') == 0 else variant.hidden_dims
+        arguments = dict(family=variant.family, hidden_dims=hidden_dims, **variant.backbone)
         return build_model_with_cfg(
             _build,
             name,
