@@ -1,7 +1,8 @@
 """Export models to ONNX, OpenVINO, AOTInductor and torch.export, checked against PyTorch.
 
-Each function takes a config or a model, exports it in evaluation mode, and compares the result with
-PyTorch on several sizes before it writes a file. docs/deployment.md compares the routes.
+The four exporters take a config or a model, export it in evaluation mode, and compare the result
+with PyTorch before they write a file: on several sizes if the file takes any. docs/deployment.md
+compares the routes.
 """
 
 from __future__ import annotations
@@ -121,10 +122,11 @@ class Deployable(nn.Module):
             ValueError: If the model does not take images of the size.
         """
         if size is None:
-            default = getattr(self.backbone, 'img_size', 224)
-            size = {'segmentation': 512, 'classification': default}.get(
-                self.task, (800, 1344) if hasattr(self.model, 'extract_feat') else default
-            )
+            size = getattr(self.backbone, 'img_size', 224)
+            if self.task == 'segmentation':
+                size = 512
+            elif self.task == 'features' and hasattr(self.model, 'extract_feat'):  # a detector
+                size = (800, 1344)
         height, width = (size, size) if isinstance(size, int) else size
         least = 2 * self.patch
         if min(height, width) < least:
@@ -181,7 +183,7 @@ class Export:
         metadata: Facts for the program that runs it: ``task``, ``classes``, ``palette``,
             ``mean``, ``std``, ``normalize``, ``step`` (H and W are multiples of it),
             ``threshold`` (of the probability of class 1, where one output stands for two classes;
-            else None), ``shape`` (None for any).
+            else None), ``shape`` (None for any), ``form``.
         path: The file; None for :func:`export_program` without one.
         errors: For each shape that was compared, the largest difference from PyTorch, relative to
             the largest output.
@@ -246,6 +248,7 @@ def export_program(
     if dynamic:  # a level of a feature pyramid with one row would have one for images of all sizes
         shape = (*shape[:2], *(max(side, 4 * step) for side in shape[2:]))
     form, chunk = _choose_form(deployable, form, shape, dynamic)
+    metadata['form'] = form
     program = _trace(deployable, shape, dynamic)
     if form != 'operators':
         table = decompositions(form, chunk) | _COMPOSITES
@@ -363,7 +366,6 @@ def to_aoti(
     kwargs.setdefault('form', 'operators')
     _require_suffix(out, '.pt2')
     export = export_program(model, weights, **kwargs)
-    export.metadata['form'] = export.form
     facts = dict(vrwkv=json.dumps(export.metadata), torch=torch.__version__)
 
     def save(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Run exported models: ONNX, OpenVINO and AOTInductor files, without the model's Python code."""
+"""Run the files of :mod:`vrwkv.export` without the model's Python code."""
 
 from __future__ import annotations
 
@@ -87,6 +87,8 @@ def _load_pt2(path: Path) -> tuple[Runner, dict[str, Any]]:
     import torch
 
     facts, version = _read_pt2(path)
+    if facts.get('form') == 'operators':
+        import vrwkv_ops  # noqa: F401 (its library has the operators)
     if version is None:
         module = torch.export.load(path).module()
     elif version != torch.__version__:
@@ -95,8 +97,6 @@ def _load_pt2(path: Path) -> tuple[Runner, dict[str, Any]]:
             'export it again here'
         )
     else:
-        if facts.get('form') == 'operators':
-            import vrwkv_ops  # noqa: F401 (its library has the operators)
         module = torch._inductor.aoti_load_package(os.fspath(path))
     return on_arrays(module), facts
 

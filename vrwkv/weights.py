@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from ._files import write_atomically
 from .layers import resize_pos_embed
 
-#: A parameter that tells each family of models from the others, and the name of the family.
-FAMILIES = {
+#: The family of models that each of these parameters marks.
+FAMILY_MARKERS = {
     'layers.0.att.spatial_decay': 'VRWKV',
     'layers.0.att.time_decay': 'VRWKV6',
     'layers.0.attn.qkv.weight': 'ViT',
@@ -68,7 +68,7 @@ def require_fit(
     them: the model would train from scratch. Missing and additional weights are left to them.
 
     Args:
-        module: A model of one of the :data:`FAMILIES`.
+        module: A model of one of the :data:`FAMILY_MARKERS`.
         state_dict: The weights.
         prefix: The prefix of the model's own names in the state dict.
         remedy: A sentence that the error message ends with.
@@ -100,12 +100,7 @@ def require_fit(
         )
 
 
-def require_whole(
-    module: nn.Module,
-    state_dict: Mapping[str, Tensor],
-    prefix: str,
-    backbone_names: tuple[str, ...],
-) -> None:
+def require_whole(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str) -> None:
     """Raise an error unless there are all weights of an adapter, or all of a plain backbone.
 
     mmengine would only log the missing weights, and train them from scratch.
@@ -114,7 +109,6 @@ def require_whole(
         module: A backbone with an adapter.
         state_dict: The weights.
         prefix: The prefix of the model's own names in the state dict.
-        backbone_names: First parts of the names of the plain backbone's weights.
 
     Raises:
         CheckpointError: If weights of an adapter are missing or superfluous, or if weights of the
@@ -123,7 +117,7 @@ def require_whole(
     """
     ignored = ('num_batches_tracked', GRID_KEY)
     names = {name for name in module.state_dict() if not name.endswith(ignored)}
-    backbone = {name for name in names if name.startswith(backbone_names)}
+    backbone = {name for name in names if not name.startswith(ADAPTER_NAMES)}
     found = {name for name in _below(state_dict, prefix) if not name.endswith(ignored)}
     if found.isdisjoint(names - backbone):  # the weights of a classifier
         missing = {name for name in backbone - found if '.gamma' not in name}
@@ -175,7 +169,7 @@ def _require_family(
     module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, remedy: str = ''
 ) -> None:
     own = {name for name, _ in module.named_parameters()}
-    marker = next((name for name in FAMILIES if name in own), None)
+    marker = next((name for name in FAMILY_MARKERS if name in own), None)
     # Wrappers of the layers, as of FSDP and torch.compile, rename the marker.
     if marker is None or prefix + marker in state_dict or _is_part(module, state_dict, prefix):
         return
@@ -186,7 +180,7 @@ def _require_family(
     if state_dict:
         message += f' ({", ".join(list(state_dict)[:3])}, ...)'
     elsewhere = [key.removesuffix(marker) for key in state_dict if key.endswith(marker)]
-    other = [family for name, family in FAMILIES.items() if prefix + name in state_dict]
+    other = [family for name, family in FAMILY_MARKERS.items() if prefix + name in state_dict]
     if elsewhere:
         message += (
             f'. There are such weights under {elsewhere[0]!r}: load the whole model, or give the '
@@ -194,7 +188,7 @@ def _require_family(
             f'prefix={elsewhere[0]!r})'
         )
     elif other:
-        kind = type(module).__name__.replace(FAMILIES[marker], other[0])
+        kind = type(module).__name__.replace(FAMILY_MARKERS[marker], other[0])
         message += f'. It is the checkpoint of another model, a {other[0]}: build a {kind} instead'
     else:
         message += '. Is it the checkpoint of another model?'
@@ -204,7 +198,7 @@ def _require_family(
 def _is_part(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str) -> bool:
     """Return whether these are some of the model's own weights, as of the trained parameters."""
     names = _below(state_dict, prefix).keys()
-    is_partial = bool(names) and FAMILIES.keys().isdisjoint(names)
+    is_partial = bool(names) and FAMILY_MARKERS.keys().isdisjoint(names)
     return is_partial and names <= module.state_dict().keys()
 
 
@@ -395,7 +389,7 @@ def classifier_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     weights = dict(state_dict)
     if 'blocks.0.att.spatial_decay' in weights:
         weights = from_upstream_mae(weights)
-    elif not FAMILIES.keys().isdisjoint(weights):
+    elif not FAMILY_MARKERS.keys().isdisjoint(weights):
         weights = {
             name if name.startswith('head.') else f'backbone.{name}': value
             for name, value in weights.items()

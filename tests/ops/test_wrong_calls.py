@@ -215,6 +215,7 @@ WRONG_DEFORM = {
 # For functions of x alone, and for those of r and x.
 WRONG_POINTWISE = {
     'no tensor': (dict(x=[1.0]), TypeError, "'x'.*torch.Tensor.*list"),
+    'nothing': (dict(x=None), TypeError, "'x'.*torch.Tensor.*NoneType"),
     'integers': (dict(x=torch.zeros(3).long()), TypeError, "'x'.*int64.*float32"),
 }
 WRONG_GATE = {

@@ -254,6 +254,16 @@ print(y[0].flatten()[:3].tolist())
     np.testing.assert_allclose(json.loads(result.stdout), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_program_with_operators_in_a_new_process(tmp_path):
+    export.export_program(with_decay(1), out=tmp_path / 'a.pt2', size=64, form='operators')
+    script = f"""
+from vrwkv.exported import load_exported
+print(load_exported({str(tmp_path / 'a.pt2')!r})[1]['form'])
+"""
+    result = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True)
+    assert result.stdout == 'operators\n', result.stderr
+
+
 def test_aoti_runs_from_cpp(golden, files, tmp_path):
     program = tmp_path / 'run_aoti'
     folders = cpp_extension.library_paths()

@@ -28,8 +28,6 @@ with explain_missing('the adapter', extra='detection', brings=('mmcv',)):
 FUSE_MODES = ('last', 'stages')
 PATCH_SIZE = 16
 SIZE_DIVISOR = 32
-# First parts of the names of the parameters that a plain backbone has, too.
-BACKBONE_NAMES = ('pos_embed', 'patch_embed.', 'layers.')
 
 
 class AdapterMixin:
@@ -230,7 +228,7 @@ class AdapterMixin:
         self, state_dict: dict[str, Tensor], prefix: str, *args, **kwargs
     ) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        require_whole(self, state_dict, prefix, BACKBONE_NAMES)
+        require_whole(self, state_dict, prefix)
 
     def _freeze_stages(self) -> None:
         if self.frozen_stages < 0:

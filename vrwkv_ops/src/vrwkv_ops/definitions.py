@@ -94,7 +94,7 @@ def _bi_wkv_forward_setup_context(ctx, inputs, output):
         ctx.save_for_backward(w, u, k, v, y, y_residual, z)
 
 
-def _bi_wkv_forward_backward(ops, ctx, gy, *_):
+def _bi_wkv_forward_autograd(ops, ctx, gy, *_):
     if not ctx.save:
         raise RuntimeError('vrwkv_ops::bi_wkv_forward needs save=True for a backward pass')
     if gy is None:
@@ -138,7 +138,7 @@ def _bi_wkv6_setup_context(ctx, inputs, output):
     ctx.save_for_backward(*tensors)
 
 
-def _bi_wkv6_forward_backward(ops, ctx, gy):
+def _bi_wkv6_forward_autograd(ops, ctx, gy):
     return (*ops.bi_wkv6_backward(gy, *ctx.saved_tensors, ctx.causal), None)
 
 
@@ -162,7 +162,7 @@ def _q_shift_setup_context(ctx, inputs, output):
     ctx.shift = inputs[1:]
 
 
-def _q_shift_backward(ops, ctx, gy):
+def _q_shift_autograd(ops, ctx, gy):
     # The adjoint of a shift is the reverse shift.
     *args, reverse, heads = ctx.shift
     return (ops.q_shift(gy, *args, not reverse, heads), *(None,) * len(ctx.shift))
@@ -253,7 +253,7 @@ OPERATORS = (
         _bi_wkv_forward,
         _bi_wkv_forward_fake,
         _bi_wkv_forward_setup_context,
-        _bi_wkv_forward_backward,
+        _bi_wkv_forward_autograd,
         _bi_wkv_forward_autocast,
     ),
     Operator(
@@ -268,7 +268,7 @@ OPERATORS = (
         wkv6.forward,
         lambda r, k, v, *_: _empty(v),
         _bi_wkv6_setup_context,
-        _bi_wkv6_forward_backward,
+        _bi_wkv6_forward_autograd,
         _bi_wkv6_forward_autocast,
     ),
     Operator(
@@ -283,7 +283,7 @@ OPERATORS = (
         _q_shift,
         lambda x, *_: _empty(x),
         _q_shift_setup_context,
-        _q_shift_backward,
+        _q_shift_autograd,
     ),
     Operator(
         'token_shift(Tensor x, Tensor[] mixes, SymInt height, SymInt width, int shift_pixel,'

@@ -31,7 +31,7 @@ _ms_deform_attn = _ops.ms_deform_attn.default
 _squared_relu = _ops.squared_relu.default
 _sigmoid_gate = _ops.sigmoid_gate.default
 # Wrong arguments raise these. They are explained afterwards: checks take longer than small kernels.
-_ERRORS = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
+_ERRORS = (AttributeError, IndexError, RuntimeError, StopIteration, TypeError, ValueError)
 
 
 def bi_wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
