@@ -7,7 +7,7 @@ if (($# < 2)); then
 Usage: dist_train.sh CONFIG GPUS [options of train.py]
 GPUS is the number of processes on this machine. On several machines, run it on each, with in the
 environment NNODES (machines, 1), NODE_RANK (0 to NNODES-1), MASTER_ADDR (of machine 0, 127.0.0.1)
-and PORT (29500).
+and PORT (29500), in the same folder of a file system that they share.
 USAGE
     exit 2
 fi

@@ -166,7 +166,7 @@ def read_checkpoint(
             raise
         except Exception as error:  # unpickling garbage may raise anything
             raise CheckpointError(_explain(file, name, error)) from error
-    return _with_state_dict(checkpoint, name)
+    return with_state_dict(checkpoint, name)
 
 
 def _read_safetensors(file: Path, map_location: Any, name: str) -> dict:
@@ -229,8 +229,16 @@ def _explain(file: Path | IO[bytes], name: str, error: Exception) -> str:
     return f'{what} is not a PyTorch checkpoint: it begins with {head!r}.'
 
 
-def _with_state_dict(checkpoint: Any, name: str) -> dict:
-    """Return ``checkpoint`` with its weights under ``'state_dict'``."""
+def with_state_dict(checkpoint: Any, name: str) -> dict:
+    """Return a checkpoint with its weights under ``'state_dict'``.
+
+    Args:
+        checkpoint: Weights, flat or under one of :data:`WEIGHT_KEYS`, of a wrapped model or not.
+        name (str): Name of the file in messages.
+
+    Raises:
+        CheckpointError: If there are no weights.
+    """
     if not isinstance(checkpoint, Mapping):
         raise CheckpointError(
             f"Checkpoint '{name}' holds a {type(checkpoint).__name__}, not a dict of weights. Save "

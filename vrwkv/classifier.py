@@ -175,6 +175,11 @@ class VisionRWKV(
         check_int('num_classes', num_classes, 0)
         check_choice('global_pool', global_pool, POOLS)
         check_rate('head_drop_rate', head_drop_rate)
+        if 'out_indices' in backbone:
+            raise ValueError(
+                'a classifier uses the last layer only, but out_indices='
+                f'{backbone["out_indices"]!r}: for maps of layers use features_only=True'
+            )
         if hidden_dims is not None:
             check_int('hidden_dims', hidden_dims, 1)
         #: The arguments, as ``config.json`` has them.

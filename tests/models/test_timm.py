@@ -237,6 +237,30 @@ def test_upstreams_large(golden, tmp_path):
     assert error < 2e-5  # as of the golden files
 
 
+def test_dtype_and_device(released):
+    model, arguments = released
+    half = create(**arguments, dtype=torch.bfloat16)
+    for name, value in model.state_dict().items():
+        assert torch.equal(half.state_dict()[name], value.bfloat16())
+    assert all(value.is_meta for value in create(device='meta').parameters())
+
+
+@pytest.mark.parametrize('key', [None, 'state_dict', 'model', 'module', 'model_ema'])
+@pytest.mark.parametrize('prefix', ['', 'module.', '_orig_mod.'])
+def test_forms_of_checkpoints(key, prefix):
+    model = create()
+    weights = {prefix + name: value for name, value in model.state_dict().items()}
+    found = vrwkv.timm.checkpoint_filter_fn({key: weights} if key else weights, model)
+    assert found.keys() == model.state_dict().keys()
+
+
+def test_layer_of_a_classifier():
+    with pytest.raises(
+        ValueError, match=r'out_indices=\(0,\): for maps of layers use features_only'
+    ):
+        create(out_indices=(0,))
+
+
 def test_weights_of_another_model(released):
     with pytest.raises(CheckpointError, match='another model, a VRWKV: build a VRWKV'):
         create(TINY6, **released[1])

@@ -57,7 +57,8 @@ def test_train_defaults(toy_config, final_config):
     assert cfg.optim_wrapper.type == 'OptimWrapper'
 
 
-def test_train_options(toy_config, final_config):
+def test_train_options(toy_config, final_config, monkeypatch):
+    monkeypatch.setenv('SLURM_PROCID', '0')
     config = toy_config(changes='auto_scale_lr = dict(base_batch_size=8)')
     cfg = final_config(
         cli.train, config, '--work-dir', 'w', '--resume', 'x.pth',
@@ -77,9 +78,11 @@ def test_launchers(toy_config, final_config, monkeypatch, capsys):
     monkeypatch.setenv('OMPI_COMM_WORLD_LOCAL_RANK', '5')
     final_config(cli.train, toy_config(), '--launcher', 'mpi')
     assert os.environ.pop('LOCAL_RANK') == '5'
-    with pytest.raises(SystemExit):
-        cli.train([str(toy_config()), '--launcher', 'pytorch'])
-    assert '--launcher pytorch needs torchrun' in capsys.readouterr().err
+    monkeypatch.undo()
+    for launcher, starter in dict(pytorch='torchrun', slurm='srun', mpi="Open MPI's").items():
+        with pytest.raises(SystemExit):
+            cli.train([str(toy_config()), '--launcher', launcher])
+        assert f'--launcher {launcher} needs {starter}' in capsys.readouterr().err
 
 
 def test_interrupt(toy_config, tmp_path, monkeypatch, capsys):

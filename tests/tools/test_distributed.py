@@ -46,6 +46,15 @@ def test_two_machines_train_like_one_process(toy_config, run, load, free_port, t
     assert (earlier['head.weight'] - expected['state_dict']['head.weight']).abs().max() > 1e-2
 
 
+def test_machines_that_share_no_folder_do_not_resume(toy_config, run, free_port, tmp_path):
+    cli.train([str(toy_config('one')), '--work-dir', str(tmp_path / '0')])
+    own = toy_config('two', f"work_dir = '{tmp_path}/{{{{$RANK:}}}}'")
+    result = run('dist_train.sh', own, 2, '--resume', check=False, PORT=free_port)
+    assert result.returncode
+    assert 'different checkpoints in ' in result.stdout
+    assert "by rank: ['epoch_4.pth', None]" in result.stdout
+
+
 def test_two_processes_measure_like_one(toy_config, run, free_port, tmp_path):
     import toy
 

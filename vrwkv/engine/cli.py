@@ -21,6 +21,13 @@ from .outputs import LabelMapsHook
 from .runner import VRWKVRunner
 from .screen import QuietScreen
 
+# What starts the processes of each launcher, and a variable that it sets.
+_LAUNCHERS = {
+    'pytorch': ('torchrun: use tools/dist_train.sh or dist_test.sh', 'RANK'),
+    'slurm': ('srun: use tools/slurm_train.sh or slurm_test.sh', 'SLURM_PROCID'),
+    'mpi': ("Open MPI's mpirun", 'OMPI_COMM_WORLD_LOCAL_RANK'),
+}
+
 
 class ConfigOption(DictAction):
     """mmengine's ``DictAction`` that also reads dicts, such as ``hooks=[dict(type='A',b=1)]``.
@@ -244,7 +251,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         '--launcher',
-        choices=['none', 'pytorch', 'slurm', 'mpi'],
+        choices=['none', *_LAUNCHERS],
         default='none',
         help='job launcher',
     )
@@ -258,8 +265,9 @@ def _parser(description: str) -> argparse.ArgumentParser:
 
 def _parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
-    if args.launcher == 'pytorch' and 'RANK' not in os.environ:
-        parser.error('--launcher pytorch needs torchrun: use tools/dist_train.sh or dist_test.sh')
+    starter, variable = _LAUNCHERS.get(args.launcher, ('', ''))
+    if starter and variable not in os.environ:
+        parser.error(f'--launcher {args.launcher} needs {starter}')
     # mmengine's MPI launcher does not set LOCAL_RANK, and its DDP reads it.
     rank = os.environ.get('OMPI_COMM_WORLD_LOCAL_RANK', str(args.local_rank))
     os.environ.setdefault('LOCAL_RANK', rank)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mmengine.device import get_device
+from mmengine.dist import all_gather_object
 from mmengine.logging import MMLogger
 from mmengine.model import is_model_wrapper, revert_sync_batchnorm
 from mmengine.optim import OptimWrapper, OptimWrapperDict
@@ -74,7 +75,11 @@ class VRWKVRunner(Runner):
         super().set_randomness(seed, *args, **kwargs)
 
     def _find_training(self) -> None:
-        """Read the newest whole checkpoint of a training in ``work_dir``, if there is one."""
+        """Read the newest whole checkpoint of a training in ``work_dir``, if there is one.
+
+        Raises:
+            CheckpointError: If the processes find different ones, each on the disk of its machine.
+        """
         self._rejected = []
         for path in find_checkpoints(self.work_dir):
             try:
@@ -84,7 +89,14 @@ class VRWKVRunner(Runner):
                     f'Cannot resume from {path}; trying the previous checkpoint. {error}'
                 )
             else:
-                return
+                break
+        found = all_gather_object(self._training and Path(self._training[0]).name)
+        if len(set(found)) > 1:
+            raise CheckpointError(
+                f'the processes found different checkpoints in {self.work_dir}, by rank: {found}. '
+                'Resume in a folder that all machines share, or copy the newest checkpoint to each '
+                'and name it: --resume CHECKPOINT'
+            )
 
     def build_logger(self, *args, **kwargs) -> MMLogger:
         """Build the logger, whose screen is quiet within :class:`.screen.QuietScreen`.

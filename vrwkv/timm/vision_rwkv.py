@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import (
     build_model_with_cfg,
@@ -13,7 +14,7 @@ from timm.models import (
 )
 from torch import Tensor, nn
 
-from ..checkpoint import allow_harmless_globals
+from ..checkpoint import allow_harmless_globals, with_state_dict
 from ..classifier import VisionRWKV
 from ..layers import PatchEmbed, VRWKVLayer
 from ..variants import REPOSITORY, VARIANTS, Variant
@@ -39,9 +40,7 @@ def checkpoint_filter_fn(state_dict: Mapping, model: nn.Module) -> dict[str, Ten
         state_dict: A checkpoint as upstream, mmpretrain or this project write it, or its weights.
         model: The model.
     """
-    for key in ('state_dict', 'model'):
-        state_dict = state_dict.get(key, state_dict)
-    return classifier_weights(state_dict)
+    return classifier_weights(with_state_dict(state_dict, 'given to timm')['state_dict'])
 
 
 def _cfg(variant: Variant) -> dict:
@@ -66,12 +65,18 @@ def _cfg(variant: Variant) -> dict:
 
 
 def _build(
-    in_chans: int = 3, drop_rate: float = 0.0, pos_drop_rate: float = 0.0, **kwargs
+    in_chans: int = 3,
+    drop_rate: float = 0.0,
+    pos_drop_rate: float = 0.0,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **kwargs,
 ) -> VisionRWKV:
     """Build a model from timm's names of the arguments."""
-    return VisionRWKV(
+    model = VisionRWKV(
         in_channels=in_chans, head_drop_rate=drop_rate, drop_rate=pos_drop_rate, **kwargs
     )
+    return model.to(device=device, dtype=dtype)
 
 
 def _entrypoint(name: str, variant: Variant) -> Callable[..., nn.Module]:
