@@ -16,7 +16,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -122,15 +122,12 @@ def _harmless_globals() -> list:
 
 
 def read_checkpoint(
-    file: str | os.PathLike | IO[bytes],
-    map_location: Any = None,
-    name: str | None = None,
+    file: str | os.PathLike, map_location: Any = None, name: str | None = None
 ) -> dict:
     """Read a checkpoint without running code from the file.
 
     Args:
-        file (str | PathLike | IO): Path of a ``torch.save`` or ``.safetensors`` file, or a binary
-            stream of the former.
+        file (str | PathLike): Path of a ``torch.save`` or ``.safetensors`` file.
         map_location: As for :func:`torch.load`.
         name (str, optional): Name of the file in messages. Defaults to its path.
 
@@ -144,18 +141,14 @@ def read_checkpoint(
             ``weights_only`` refuses, or holds no weights.
         ImportError: If it is a ``.safetensors`` file and that package is not installed.
     """
-    if isinstance(file, (str, os.PathLike)):
-        file = Path(file).expanduser()
-        name = name or str(file)
-        if file.is_dir():
-            raise CheckpointError(
-                f"Checkpoint '{name}' is a directory: give the path of a file in it."
-            )
-        if not file.is_file():
-            raise FileNotFoundError(
-                f"Checkpoint '{name}' does not exist (looked for {file.absolute()})."
-            )
-    name = name or 'stream'
+    file = Path(file).expanduser()
+    name = name or str(file)
+    if file.is_dir():
+        raise CheckpointError(f"Checkpoint '{name}' is a directory: give the path of a file in it.")
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"Checkpoint '{name}' does not exist (looked for {file.absolute()})."
+        )
     allow_harmless_globals()
     if name.endswith('.safetensors'):
         checkpoint = _read_safetensors(file, map_location, name)
@@ -188,7 +181,7 @@ def _read_safetensors(file: Path, map_location: Any, name: str) -> dict:
         ) from error
 
 
-def _explain(file: Path | IO[bytes], name: str, error: Exception) -> str:
+def _explain(file: Path, name: str, error: Exception) -> str:
     """Explain why ``torch.load`` failed on ``file``, and the remedy."""
     # PyTorch surrounds its reason with advice to give up safety.
     advice = re.compile(r'\s*(Weights only load|\(\d\)|Check the documentation|$)')
@@ -202,14 +195,9 @@ def _explain(file: Path | IO[bytes], name: str, error: Exception) -> str:
             '`torch.serialization.safe_globals([...])` with that class, and save its weights '
             "alone: torch.save({'state_dict': weights}, new_path)."
         )
-    if isinstance(file, Path):
-        size = file.stat().st_size
-        with file.open('rb') as stream:
-            head = stream.read(16)
-    else:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(0)
-        head = file.read(16)
+    size = file.stat().st_size
+    with file.open('rb') as stream:
+        head = stream.read(16)
     what = f"Checkpoint '{name}' ({size:,} bytes)"
     if size == 0:
         return f'{what} is empty. Write or download it again.'

@@ -14,13 +14,17 @@ with explain_missing(
         warnings.filterwarnings('ignore', 'Fail to import')
         import mmcv.cnn.bricks.transformer  # noqa: F401
     from mmpretrain.apis.model import ModelHub
+    from mmpretrain.registry import MODELS
 
     from vrwkv.analysis import register_flop_handlers
+    from vrwkv.backbones import VRWKV, VRWKV6
     from vrwkv.engine import patches
     from vrwkv.engine.model_index import index_folder
 
-    from . import checks, mae, models  # noqa: F401
+    from . import checks, mae  # noqa: F401
 
+    for module in (VRWKV, VRWKV6):
+        MODELS.register_module(module=module)
     patches.check_before_loading(checks.require_classes_fit)
     patches.keep_scope_of_mmpretrain()
     patches.check_images('mmpretrain')

@@ -11,11 +11,16 @@ with explain_missing(
     'vrwkv_seg', extra='segmentation', brings=('mmengine', 'mmseg', 'mmcv', 'ftfy', 'regex')
 ):
     serve_mmcv_ops()
+    from mmseg.registry import MODELS
+
     from vrwkv.analysis import register_flop_handlers
+    from vrwkv.backbones import VRWKV, VRWKV6, ViT, ViTAdapter, VRWKV6Adapter, VRWKVAdapter
     from vrwkv.engine import patches
 
-    from . import datasets, hooks, lean, models, rasters  # noqa: F401
+    from . import datasets, hooks, lean, rasters  # noqa: F401
 
+    for module in (VRWKV, VRWKVAdapter, VRWKV6, VRWKV6Adapter, ViT, ViTAdapter):
+        MODELS.register_module(module=module)
     patches.keep_scope_of_mmseg()
     patches.check_images('mmseg')
     register_flop_handlers()

@@ -216,15 +216,6 @@ def test_safetensors(tmp_path):
         load(path)
 
 
-def test_streams(checkpoint, tmp_path):
-    data = checkpoint.read_bytes()
-    torch.testing.assert_close(
-        read_checkpoint(io.BytesIO(data))['state_dict'], WEIGHTS, rtol=0, atol=0
-    )
-    with pytest.raises(CheckpointError, match=r"'s3://bucket/a\.pth' \(.*\) is truncated"):
-        read_checkpoint(io.BytesIO(data[:-1]), name='s3://bucket/a.pth')
-
-
 def test_object_store(checkpoint, tmp_path, monkeypatch):
     from safetensors.torch import save_file
 

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vrwkv.analysis.drawing import COLOURS, picture
-from vrwkv.analysis.measurement import peak_memory, seconds
+from vrwkv.analysis.measurement import peak_memory
 from vrwkv.backbones import VRWKV, VRWKV6, ViT
 from vrwkv.layers import mix
 from vrwkv_ops import bi_wkv
@@ -44,6 +44,7 @@ from vrwkv_ops.benchmarking import (
     keep_freed_memory,
     markdown_table,
     positive_int,
+    seconds,
     write_json,
 )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import statistics
+from functools import partial
 
 import torch
 from mmengine.registry import DefaultScope
@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 import vrwkv_cls  # noqa: F401
 from vrwkv.analysis import input_channels
-from vrwkv.analysis.measurement import seconds
 from vrwkv.analysis.models import read_config
-from vrwkv_ops.benchmarking import markdown_table
+from vrwkv_ops.benchmarking import markdown_table, time_calls
 
 RATIOS = (0.0, 0.5, 0.75, 0.9)
 
@@ -55,12 +54,11 @@ def main() -> None:
         images = torch.randn(args.batch_size, channels, cfg.img_size, cfg.img_size)
     memory = {r: saved_bytes(encoder, images) for r, encoder in encoders.items()}
 
-    def step(encoder: nn.Module) -> float:
-        return seconds(lambda: encoder(images)[0].square().mean().backward(), args.device)
+    def step(encoder: nn.Module) -> None:
+        encoder(images)[0].square().mean().backward()
 
-    # Interleaved, so that changes of the machine's load affect all ratios; the first warms up.
-    rounds = [{r: step(e) for r, e in encoders.items()} for _ in range(args.repeats + 1)][1:]
-    times = {r: statistics.median(taken[r] for taken in rounds) for r in RATIOS}
+    calls = {r: partial(step, encoder) for r, encoder in encoders.items()}
+    times = time_calls(calls, images.device, args.repeats, patience=60.0)
     rows = [
         (
             f'{r:g}',

@@ -24,7 +24,7 @@ class Row(NamedTuple):
 
     table: int
     model: str
-    config: str | None  #: In ``configs/``, or of mmpretrain; None if neither has the model.
+    config: str  #: In ``configs/``, or of mmpretrain.
     size: tuple[int, int] | None  #: Pixels of the image; None where the paper has no FLOPs.
     parameters: float  #: In millions, as printed.
     flops: float | None  #: In billions, as printed.
@@ -35,13 +35,10 @@ def _table_2() -> list[Row]:
     small, large = (224, 224), (384, 384)
     others = [
         ('ResNet-18', 'resnet/resnet18_8xb32_in1k', small, 11.7, 1.8),
-        ('PVT-T', None, small, 13.2, 1.9),
         ('ResNet-50', 'resnet/resnet50_8xb32_in1k', small, 25.6, 4.1),
         ('Swin-T', 'swin_transformer/swin-tiny_16xb64_in1k', small, 28.3, 4.4),
-        ('PVT-M', None, small, 44.2, 6.7),
         ('ResNet-101', 'resnet/resnet101_8xb32_in1k', small, 44.6, 7.9),
         ('Swin-S', 'swin_transformer/swin-small_16xb64_in1k', small, 49.6, 8.7),
-        ('PVT-L', None, small, 61.4, 9.8),
         ('Swin-B', 'swin_transformer/swin-base_16xb64_in1k', small, 87.8, 15.1),
         ('DeiT-T', 'deit/deit-tiny_4xb256_in1k', small, 5.7, 1.3),
         ('DeiT-S', 'deit/deit-small_4xb256_in1k', small, 22.1, 4.6),
@@ -64,7 +61,7 @@ def _table_2() -> list[Row]:
     ]
     return [
         *(
-            Row(2, model, config and f'mmpretrain::{config}.py', *rest, model.startswith('DeiT'))
+            Row(2, model, f'mmpretrain::{config}.py', *rest, model.startswith('DeiT'))
             for model, config, *rest in others
         ),
         *(Row(2, *row) for row in ours),
@@ -124,22 +121,18 @@ class Comparison(NamedTuple):
     """A row of the paper with our counts."""
 
     row: Row
-    parameters: float | None  #: Counted, in millions.
-    flops: float | None  #: Counted, in billions.
+    parameters: float  #: Counted, in millions.
+    flops: float | None  #: Counted, in billions; None where the paper has none.
 
     @property
-    def differences(self) -> tuple[float | None, float | None]:
+    def differences(self) -> tuple[float, float | None]:
         """Differences of parameters and FLOPs, as fractions of the paper's numbers."""
         pairs = ((self.parameters, self.row.parameters), (self.flops, self.row.flops))
-        return tuple(
-            None if ours is None or theirs is None else ours / theirs - 1 for ours, theirs in pairs
-        )
+        return tuple(None if ours is None else ours / theirs - 1 for ours, theirs in pairs)
 
     @property
-    def agrees(self) -> bool | None:
+    def agrees(self) -> bool:
         """Whether both counts are within 1.5 % or half a unit of the paper's last digit."""
-        if self.parameters is None:
-            return None
         pairs = [(self.parameters, self.row.parameters)]
         if self.row.flops is not None:
             pairs.append((self.flops, self.row.flops))
@@ -154,8 +147,6 @@ def read_row_config(row: Row) -> Config:
 
 def compare(row: Row) -> Comparison:
     """Count a row's model: the whole classifier, or the backbone of a detector or segmentor."""
-    if row.config is None:
-        return Comparison(row, None, None)
     # Table 1 has no FLOPs, and parameters do not depend on the size.
     cost = count(read_row_config(row), row.size or (64, 64), backbone_only=row.table in (3, 4))
     return Comparison(row, cost.parameters / 1e6, cost.flops / 1e9 if row.size else None)
@@ -174,9 +165,8 @@ def cells(result: Comparison) -> tuple[str | None, ...]:
         numbers.append(None if paper is None else f'{paper:.1f}')
         numbers.append(None if ours is None else f'{ours:.2f}')
         numbers.append(None if off is None else f'{100 * off:+.1f} %')
-    verdict = {None: 'not in mmpretrain', True: 'yes', False: 'no'}[result.agrees]
     size = None if row.size is None else f'{row.size[0]}x{row.size[1]}'
-    return (str(row.table), row.model, size, *numbers, verdict)
+    return (str(row.table), row.model, size, *numbers, 'yes' if result.agrees else 'no')
 
 
 HEADER = (
@@ -195,7 +185,6 @@ HEADER = (
 
 def draw(results: Sequence[Comparison], out: Path) -> None:
     """Draw the differences of our counts as dots around zero."""
-    results = [r for r in results if r.parameters is not None]
     names = [f'table {r.row.table}: {r.row.model}' for r in results]
     # The tolerance of the smaller number, which is rounded more coarsely.
     smaller = [min(r.row.parameters, r.row.flops or r.row.parameters) for r in results]

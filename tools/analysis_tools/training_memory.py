@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from vrwkv.analysis import input_channels
-from vrwkv.analysis.measurement import memory_in_use, peak_memory, run_in_new_process, seconds
+from vrwkv.analysis.measurement import memory_in_use, peak_memory, run_in_new_process
 from vrwkv.analysis.models import load_model, read_config
-from vrwkv_ops.benchmarking import markdown_table
+from vrwkv_ops.benchmarking import markdown_table, seconds
 
 
 def step(
@@ -42,7 +42,7 @@ def step(
     def run() -> None:
         sum(out.float().square().mean() for out in backbone(images)).backward()
 
-    time_taken = seconds(run, device)
+    time_taken = seconds(run, torch.device(device))
     return (peak_memory(device) - before) / 1e6, time_taken
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from vrwkv.analysis import input_channels
-from vrwkv.analysis.measurement import memory_in_use, peak_memory, run_in_new_process, seconds
+from vrwkv.analysis.measurement import memory_in_use, peak_memory, run_in_new_process
 from vrwkv.analysis.models import build_model, read_config
-from vrwkv_ops.benchmarking import markdown_table
+from vrwkv_ops.benchmarking import markdown_table, seconds
 
 MODES = ('whole', 'lean', 'slide')
 
@@ -48,7 +48,8 @@ def measure(
     data = dict(inputs=[image], data_samples=[sample])
     before = memory_in_use(device)
     with torch.inference_mode():
-        times = [seconds(lambda: model.test_step(data), device) for _ in range(repeats)]
+        where = torch.device(device)
+        times = [seconds(lambda: model.test_step(data), where) for _ in range(repeats)]
     return min(times), peak_memory(device) - before
 
 

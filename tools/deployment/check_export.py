@@ -1,43 +1,29 @@
 """Compare an exported model with PyTorch and DeiT: differences, and times side by side.
 
-The times of one image are taken in turns, a call of each after another; the table has medians.
+The times of one image are taken in turns; the table has medians.
 DeiT-T runs with PyTorch's flash attention, and in the same route as the file if that is ONNX.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from deployment import ERRORS
 
 from vrwkv.backbones import ViT
 from vrwkv.export import prepare, to_onnx
 from vrwkv.exported import load_exported, on_arrays
-from vrwkv_ops.benchmarking import describe_environment, markdown_table
+from vrwkv_ops.benchmarking import describe_environment, markdown_table, time_calls
 
 
 def deit_tiny() -> ViT:
     """Return a backbone as large as DeiT-T."""
     return ViT(embed_dims=192, depth=12, num_heads=3).eval()
-
-
-def interleaved(functions: dict[str, Callable], images: np.ndarray, repeats: int) -> dict:
-    """Return the median milliseconds of each function, called in turns."""
-    times = {name: [] for name in functions}
-    for _ in range(repeats + 1):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            function(images)
-            times[name].append(1000 * (time.perf_counter() - start))
-    return {name: statistics.median(values[1:]) for name, values in times.items()}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -70,12 +56,13 @@ def main(argv: list[str] | None = None) -> None:
                 with tempfile.TemporaryDirectory() as folder:
                     file = to_onnx(deit, Path(folder, 'deit.onnx'), size=shape[2:]).path
                     functions['DeiT-T, ONNX Runtime'] = load_exported(file)[0]
-        times = interleaved(functions, images, args.repeats)
+        calls = {name: partial(function, images) for name, function in functions.items()}
+        times = time_calls(calls, torch.device('cpu'), args.repeats, patience=10.0)
     except ERRORS as error:
         sys.exit(f'Error: {error}')
     print(f'Largest difference from PyTorch: {difference:.1e} of the largest output\n')
     first = times[args.file.name]
-    rows = [(name, f'{ms:.1f}', f'{first / ms:.2f}') for name, ms in times.items()]
+    rows = [(name, f'{1e3 * s:.1f}', f'{first / s:.2f}') for name, s in times.items()]
     print(markdown_table(('model', 'ms per image', 'file / model'), rows))
     facts = describe_environment(torch.device('cpu'))
     print('\n' + '\n'.join(f'- {name}: {fact}' for name, fact in facts.items()))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import resource
 import sys
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -12,8 +11,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-
-from vrwkv_ops.benchmarking import synchronize
 
 Result = TypeVar('Result')
 
@@ -45,16 +42,6 @@ def _status(name: str) -> int:
         if line.startswith(f'{name}:'):
             return 1024 * int(line.split()[1])
     raise OSError(f'/proc/self/status has no {name}')
-
-
-def seconds(function: Callable[[], object], device: str | torch.device) -> float:
-    """Time one call, including the work that it leaves to the device."""
-    device = torch.device(device)
-    synchronize(device)
-    start = time.perf_counter()
-    function()
-    synchronize(device)
-    return time.perf_counter() - start
 
 
 def run_in_new_process(function: Callable[..., Result], *args: object) -> Result:

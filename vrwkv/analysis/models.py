@@ -51,7 +51,7 @@ def read_config(name: str) -> Config:
 def _shipped(name: str) -> Path:
     """Find a config of an installed library.
 
-    mmengine's ``get_config`` also finds it, but reads the library's whole model index each time.
+    mmengine's ``get_config`` also finds it, but installs a missing library with pip.
     """
     package, _, path = name.partition('::')
     spec = find_spec(package)

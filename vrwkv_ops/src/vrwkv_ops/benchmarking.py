@@ -216,9 +216,9 @@ def time_calls(
     counts = {}
     for name, call in calls.items():
         call()  # warms up: compiles, fills caches
-        seconds = _seconds(call, used, 1)
-        counts[name] = max(1, min(1000, int(0.1 / max(seconds, 1e-6))))
-        if seconds > patience:
+        once = seconds(call, used)
+        counts[name] = max(1, min(1000, int(0.1 / max(once, 1e-6))))
+        if once > patience:
             counts[name] = -1
     samples = {name: [] for name in calls}
     for _ in range(repeats):
@@ -226,11 +226,12 @@ def time_calls(
             if counts[name] > 1:
                 call()  # its memory may have left the caches while others ran
             if counts[name] > 0 or not samples[name]:
-                samples[name].append(_seconds(call, used, abs(counts[name])))
+                samples[name].append(seconds(call, used, abs(counts[name])))
     return {name: statistics.median(times) for name, times in samples.items()}
 
 
-def _seconds(call: Callable[[], object], used: torch.device, count: int) -> float:
+def seconds(call: Callable[[], object], used: torch.device, count: int = 1) -> float:
+    """Measure the mean time of some calls, including the work that they leave to the device."""
     if used.type == 'cuda':
         with torch.cuda.device(used):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
