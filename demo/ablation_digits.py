@@ -189,7 +189,8 @@ def run(
         for name, accuracies in results.items():
             accuracies.append(fit(name, seed, work_dir, changes, verbose))
     header = ('method', 'token shift', 'bidirectional', *(f'seed {seed}' for seed in seeds))
-    header += ('mean ± sd' if len(seeds) > 1 else 'mean', 'gap', 'paper, ImageNet', 'gap')
+    mean = 'mean ± sd' if len(seeds) > 1 else 'mean'
+    header += (mean, 'gap to VRWKV', 'ImageNet (paper)', 'gap on ImageNet (paper)')
     printed = markdown_table(header, rows(results))
     draw(results, work_dir / 'ablation.png')
     write_results(work_dir / 'ablation.json', dict(seeds=list(seeds), top1=results))

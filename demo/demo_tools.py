@@ -31,7 +31,21 @@ SETTINGS = (
     *(f'model.{kind}head' for kind in ('', 'rpn_', 'roi_', 'decode_', 'auxiliary_')),
     'optim_wrapper',
     'param_scheduler',
+    'train_cfg.max_epochs',
+    'train_cfg.max_iters',
 )
+# Settings that a test must share with the one whose result stands for it.
+TEST_SETTINGS = ('test_dataloader.dataset', 'test_evaluator')
+# How to name metrics.
+METRICS = {
+    'accuracy/top1': 'top-1 (%)',
+    'coco/bbox_mAP_50': 'AP50 of boxes',
+    'coco/bbox_mAP': 'AP of boxes',
+    'coco/segm_mAP_50': 'AP50 of masks',
+    'coco/segm_mAP': 'AP of masks',
+    'mIoU': 'mIoU (%)',
+    'aAcc': 'pixels (%)',
+}
 
 MODELS = ('vrwkv-nano', 'vrwkv6-nano')
 
@@ -64,7 +78,7 @@ def run_tool(name: str, *args: str | os.PathLike, log: Path | None = None) -> No
             all that the log of the script contains.
 
     Raises:
-        SystemExit: If the script fails.
+        SystemExit: If the script fails, or the user interrupts it.
     """
     command = [sys.executable, ROOT / 'tools' / name, *args]
     if log is None:
@@ -76,10 +90,14 @@ def run_tool(name: str, *args: str | os.PathLike, log: Path | None = None) -> No
     lines = []
     with log.open('a') as file, subprocess.Popen(command, cwd=ROOT, **output) as process:
         progress = Progress()
-        for line in process.stdout:
-            file.write(line)
-            lines.append(line)
-            progress.update(line)
+        try:
+            for line in process.stdout:
+                file.write(line)
+                lines.append(line)
+                progress.update(line)
+        except KeyboardInterrupt:
+            process.wait()  # it got the signal, too
+            raise SystemExit('\nInterrupted. The same command continues.') from None
         progress.end()
     if process.returncode:
         tail = ''.join(lines[-20:])
@@ -147,14 +165,11 @@ def train(config: Path, work_dir: Path, verbose: bool = False) -> Path:
     """
     cfg = Config.fromfile(config)
     used = work_dir / config.name
-    if used.is_file():
-        before = Config.fromfile(used)
-        for key in SETTINGS:
-            if _lookup(before, key) != _lookup(cfg, key):
-                raise SystemExit(
-                    f'{work_dir} holds a training with another {key} than {config} has now: '
-                    'remove the folder, or name another one with --work-dir'
-                )
+    if used.is_file() and (key := _first_difference(Config.fromfile(used), cfg, SETTINGS)):
+        raise SystemExit(
+            f'{work_dir} holds a training with another {key} than {config} has now: '
+            'remove the folder, or name another one with --work-dir'
+        )
     iters = cfg.train_cfg.get('max_iters')
     name = f'iter_{iters}' if iters else f'epoch_{cfg.train_cfg.max_epochs}'
     checkpoint = work_dir / f'{name}.pth'
@@ -165,18 +180,28 @@ def train(config: Path, work_dir: Path, verbose: bool = False) -> Path:
     return checkpoint
 
 
-def _lookup(cfg: Config, key: str) -> object:
-    for part in key.split('.'):
-        cfg = cfg.get(part, {})
-    return cfg
+def _first_difference(before: Config, after: Config, keys: tuple[str, ...]) -> str | None:
+    """Return the first of some settings in which two configs differ."""
+
+    def lookup(cfg: Config, key: str) -> object:
+        for part in key.split('.'):
+            cfg = cfg.get(part, {})
+        return cfg
+
+    return next((key for key in keys if lookup(before, key) != lookup(after, key)), None)
 
 
 def measure(config: Path, checkpoint: Path, verbose: bool = False) -> dict[str, float]:
     """Test the checkpoint unless that is done, and return all metrics by name."""
-    out = checkpoint.with_name('metrics.json')
-    if not is_newer(out, checkpoint):
+    out, folder = checkpoint.with_name('metrics.json'), checkpoint.with_name('test')
+    used = folder / config.name
+    if (
+        not is_newer(out, checkpoint)
+        or not used.is_file()
+        or _first_difference(Config.fromfile(used), Config.fromfile(config), TEST_SETTINGS)
+    ):
         print(f'Testing {checkpoint}', flush=True)
-        options = ['--work-dir', checkpoint.parent / 'test', '--out', out, '--out-item', 'metrics']
+        options = ['--work-dir', folder, '--out', out, '--out-item', 'metrics']
         log = None if verbose else checkpoint.with_name(LOG)
         run_tool('test.py', config, checkpoint, *options, log=log)
     return json.loads(out.read_text())
@@ -210,13 +235,26 @@ def output_to(log: Path, verbose: bool = False) -> Iterator[None]:
                 os.close(copy)
 
 
+def data_options(cfg: Config, key: str) -> dict:
+    """Return what a config says about the data that a demo writes.
+
+    Raises:
+        SystemExit: If it says nothing: its data are others.
+    """
+    if not cfg.get(key):
+        raise SystemExit(
+            f'error: {cfg.filename} has no {key}: this demo takes configs of the data that it '
+            'writes. Use tools/train.py for others'
+        )
+    return cfg[key]
+
+
 def run_demo(
     documentation: str,
     default: Path,
     write_data: Callable[[Config, Path], object],
     draw: Callable[[Path, Path, Path, dict[str, float], Path], None],
     picture: str,
-    report: Callable[[Config, dict[str, float]], str],
     next_step: str,
 ) -> None:
     """Write data, train, test, draw and report, from the command line.
@@ -228,7 +266,6 @@ def run_demo(
         draw: Draws a picture from a config, its checkpoint, the folder of its data and its metrics
             into a file.
         picture: Name of that file.
-        report: Formats the metrics.
         next_step: Advice for what to do next.
     """
     parser = make_parser(documentation, 'work_dirs/<name of the config>')
@@ -243,12 +280,17 @@ def run_demo(
         parser.error('give a config or --model, not both')
     name = default.name.replace('vrwkv-', (args.model or MODELS[0]).removesuffix('nano'))
     config = (args.config or default.with_name(name)).resolve()
+    if not config.is_file():
+        parser.error(f'config {config} does not exist')
     work_dir = (args.work_dir or ROOT / 'work_dirs' / config.stem).resolve()
     cfg = Config.fromfile(config)
     data_root = ROOT / cfg.test_dataloader.dataset.data_root
 
     print(f'Data: {data_root}', flush=True)
-    write_data(cfg, data_root)
+    try:
+        write_data(cfg, data_root)
+    except FileExistsError as error:
+        raise SystemExit(f'error: {error}') from error
     checkpoint = train(config, work_dir, args.verbose)
     metrics = measure(config, checkpoint, args.verbose)
     drawn = work_dir / picture
@@ -257,8 +299,9 @@ def run_demo(
         with output_to(work_dir / LOG, args.verbose):
             draw(config, checkpoint, data_root, metrics, drawn)
     log = max(work_dir.glob('2*/*.log'), default=work_dir)  # folders are named by date
-    print(f"""
-{report(cfg, metrics)}
+    results = [f'  {name}  {metrics[key]:.4g}' for key, name in METRICS.items() if key in metrics]
+    print('', 'On the test images:', *results, sep='\n')
+    print(f"""\
   picture     {drawn}
   checkpoint  {checkpoint}
   log         {log}

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import rasterio
-from digit_scenes import FOLDERS, ROOT, Scene, scenes
+from demo_tools import ROOT
+from digit_scenes import FOLDERS, Scene, scenes
 from rasterio.transform import from_origin
 
 from vrwkv._files import new_folder
@@ -20,6 +21,7 @@ from vrwkv._files import new_folder
 PIXEL = 0.5  # metres
 NODATA = 0
 SCALE = 40  # 16-bit numbers of one grey level
+SIZE = 96  # height and width of a scene in pixels
 
 
 def bands(scene: Scene) -> np.ndarray:
@@ -47,7 +49,7 @@ def write(path: Path, values: np.ndarray, nodata: int) -> None:
         file.write(values)
 
 
-def write_rasters(root: Path, train: int, val: int, side: int, size: int = 96) -> Path:
+def write_rasters(root: Path, train: int, val: int, side: int) -> Path:
     """Write the rasters.
 
     Args:
@@ -55,7 +57,6 @@ def write_rasters(root: Path, train: int, val: int, side: int, size: int = 96) -
         train: Number of training images.
         val: Number of validation images.
         side: Scenes along a side of the large raster.
-        size: Height and width of a scene in pixels.
 
     Returns:
         The folder.
@@ -63,7 +64,7 @@ def write_rasters(root: Path, train: int, val: int, side: int, size: int = 96) -
     Raises:
         FileExistsError: If ``root`` exists.
     """
-    options = dict(size=size, digits=(4, 8), sides=(4, 3), white=True)
+    options = dict(size=SIZE, digits=(4, 8), sides=(4, 3), white=True)
     with new_folder(root) as part:
         for split, count in dict(train=train, val=val).items():
             folder = FOLDERS[split]
@@ -72,13 +73,13 @@ def write_rasters(root: Path, train: int, val: int, side: int, size: int = 96) -
                 write(part / 'images' / folder / name, bands(scene), NODATA)
                 write(part / 'annotations' / folder / name, scene.label_map()[None], 255)
         drawn = scenes('val', side * side, seed=1, **options)
-        large = np.zeros((4, side * size, side * size), np.uint16)
-        truth = np.full((1, side * size, side * size), 255, np.uint8)
+        large = np.zeros((4, side * SIZE, side * SIZE), np.uint16)
+        truth = np.full((1, side * SIZE, side * SIZE), 255, np.uint8)
         for index, scene in enumerate(drawn):
-            top, left = (size * x for x in divmod(index, side))
-            place = (slice(None), slice(top, top + size), slice(left, left + size))
+            top, left = (SIZE * x for x in divmod(index, side))
+            place = (slice(None), slice(top, top + SIZE), slice(left, left + SIZE))
             large[place], truth[place] = bands(scene), scene.label_map()
-        large[:, :, : size // 2], truth[:, :, : size // 2] = NODATA, 255
+        large[:, :, : SIZE // 2], truth[:, :, : SIZE // 2] = NODATA, 255
         write(part / 'large.tif', large, NODATA)
         write(part / 'large_truth.tif', truth, 255)
     return root
@@ -93,7 +94,7 @@ def main() -> None:
     parser.add_argument('--val', type=int, default=100, help='images (default: %(default)s)')
     parser.add_argument(
         '--side', type=int, default=10,
-        help='scenes of 96 pixels along a side of the large raster (default: %(default)s)',
+        help=f'scenes of {SIZE} pixels along a side of the large raster (default: %(default)s)',
     )  # fmt: skip
     args = parser.parse_args()
     print(write_rasters(args.out, args.train, args.val, args.side))

@@ -7,7 +7,6 @@ neither a digit nor a part of a photograph.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -264,24 +263,3 @@ def _write(
             write(part, split, scenes(split, count, **settings))
         (part / stamp.name).write_text(facts)
     return root
-
-
-def main() -> None:
-    """Write one of the two sets from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
-    parser.add_argument('layout', choices=('coco', 'ade20k'))
-    parser.add_argument(
-        'out', nargs='?', type=Path, help='default: data/digit_scenes_<layout> in the checkout'
-    )
-    parser.add_argument('--train', type=int, default=600, help='images (default: %(default)s)')
-    parser.add_argument('--val', type=int, default=100, help='images (default: %(default)s)')
-    parser.add_argument('--size', type=int, default=128, help='pixels (default: %(default)s)')
-    parser.add_argument('--seed', type=int, default=0, help='default: %(default)s')
-    args = parser.parse_args()
-    root = args.out or ROOT / f'data/digit_scenes_{args.layout}'
-    write = dict(coco=write_coco, ade20k=write_ade20k)[args.layout]
-    print(write(root, args.train, args.val, args.size, args.seed))
-
-
-if __name__ == '__main__':
-    main()

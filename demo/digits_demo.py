@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import matplotlib as mpl
 import numpy as np
-from demo_tools import RIGHT, ROOT, WRONG, backbone_name, run_demo
+from demo_tools import RIGHT, ROOT, WRONG, backbone_name, data_options, run_demo
 
 from vrwkv.analysis.drawing import picture
 from vrwkv_cls.datasets import write_digits
@@ -51,7 +51,7 @@ def draw(
     predictions: list[Prediction],
     accuracy: float,
     out: Path,
-    title: str = 'VRWKV on handwritten digits',
+    title: str,
 ) -> None:
     """Draw the hardest images for the model and, below them, a random sample.
 
@@ -118,13 +118,11 @@ def main() -> None:
     run_demo(
         __doc__,
         CONFIG,
-        lambda cfg, data_root: write_digits(data_root),
+        lambda cfg, data_root: write_digits(data_root, **data_options(cfg, 'digits')),
         draw_checkpoint,
         'predictions.png',
-        lambda cfg, metrics: f'Top-1 accuracy on unseen digits: {metrics["accuracy/top1"]:.2f} %',
-        'Next, your own images: see classification/README.md, or train a larger VRWKV on '
-        'ImageNet-1K with\n  python tools/train.py '
-        'configs/classification/vrwkv-tiny_8xb128_in1k.py',
+        'Next, your own images: docs/own_images.md, or a larger VRWKV on ImageNet-1K:\n'
+        '  python tools/train.py configs/classification/vrwkv-tiny_8xb128_in1k.py',
     )
 
 

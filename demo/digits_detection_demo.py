@@ -13,7 +13,7 @@ from typing import NamedTuple
 import matplotlib as mpl
 import numpy as np
 import torch
-from demo_tools import RIGHT, ROOT, WRONG, backbone_name, run_demo
+from demo_tools import RIGHT, ROOT, WRONG, backbone_name, data_options, run_demo
 from digit_scenes import write_coco
 from mmengine.config import Config
 from PIL import Image
@@ -97,7 +97,7 @@ def draw(
     detections: dict[Path, list[Found]],
     metrics: dict[str, float],
     out: Path,
-    model: str = 'Mask R-CNN with VRWKV-Adapter',
+    model: str,
 ) -> None:
     """Draw images with boxes, labels and, if there are some, masks: right and wrong ones."""
     kinds = [
@@ -160,26 +160,15 @@ def draw_checkpoint(
     draw(detections, metrics, out, f'{detector} with {backbone_name(config)}')
 
 
-def report(cfg: Config, metrics: dict[str, float]) -> str:
-    """Format the metrics."""
-    lines = [
-        f'  {name}  {metrics[f"coco/{kind}_mAP_50"]:.3f}, {metrics[f"coco/{kind}_mAP"]:.3f}'
-        for kind, name in (('bbox', 'boxes'), ('segm', 'masks'))
-    ]
-    head = f'Average precision on {cfg.digit_scenes.val} held-out images'
-    return '\n'.join([f'{head}, at an IoU of 0.5 and over 0.5 to 0.95:', *lines])
-
-
 def main() -> None:
     """Run the demo from the command line."""
     run_demo(
         __doc__,
         CONFIG,
-        lambda cfg, data_root: write_coco(data_root, **cfg.digit_scenes),
+        lambda cfg, data_root: write_coco(data_root, **data_options(cfg, 'digit_scenes')),
         draw_checkpoint,
         'detections.png',
-        report,
-        'Next, COCO or your own images: see detection/README.md',
+        'Next, your own images: docs/own_images.md, or COCO: detection/README.md',
     )
 
 

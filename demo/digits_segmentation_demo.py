@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import matplotlib as mpl
 import numpy as np
-from demo_tools import ROOT, backbone_name, run_demo
+from demo_tools import ROOT, backbone_name, data_options, run_demo
 from digit_scenes import write_ade20k
 from mmengine.config import Config
 from PIL import Image
@@ -56,7 +56,7 @@ def draw(
     palette: list[list[int]],
     miou: float,
     out: Path,
-    model: str = 'VRWKV-Adapter',
+    model: str,
 ) -> None:
     """Draw images, truths and predictions side by side."""
     side_by_side = 2
@@ -94,25 +94,15 @@ def draw_checkpoint(
     draw(results, meta.classes, meta.palette, metrics['mIoU'], out, backbone_name(config))
 
 
-def report(cfg: Config, metrics: dict[str, float]) -> str:
-    """Format the metrics."""
-    return (
-        f'On {cfg.digit_scenes.val} held-out images, in percent:\n'
-        f'  mIoU        {metrics["mIoU"]:.2f}\n'
-        f'  pixels      {metrics["aAcc"]:.2f}'
-    )
-
-
 def main() -> None:
     """Run the demo from the command line."""
     run_demo(
         __doc__,
         CONFIG,
-        lambda cfg, data_root: write_ade20k(data_root, **cfg.digit_scenes),
+        lambda cfg, data_root: write_ade20k(data_root, **data_options(cfg, 'digit_scenes')),
         draw_checkpoint,
         'segmentation.png',
-        report,
-        'Next, ADE20K or your own images: see segmentation/README.md',
+        'Next, your own images: docs/own_images.md, or ADE20K: segmentation/README.md',
     )
 
 

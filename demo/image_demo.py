@@ -6,12 +6,13 @@ import argparse
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import cv2
 import mmcv
 import numpy as np
+import torch
 from mmengine.config import Config
 
 from vrwkv.engine import CheckpointError
@@ -52,6 +53,11 @@ def resolve(model: str, pretrained: str | bool) -> tuple[Path, str | None]:
     return config, info.weights
 
 
+def class_name(names: Sequence[str] | None, label: int) -> str:
+    """Name a class; by its number if there are no names."""
+    return names[label] if names else f'class {label}'
+
+
 def classify(config: Path, weights: str | None, device: str, image: str, out: Path) -> str:
     """Classify with mmpretrain."""
     from mmpretrain import ImageClassificationInferencer
@@ -59,9 +65,9 @@ def classify(config: Path, weights: str | None, device: str, image: str, out: Pa
     inferencer = ImageClassificationInferencer(str(config), weights or False, device)
     (result,) = inferencer(image, show_dir=str(out))
     scores = result['pred_scores']
-    names = inferencer.classes or [f'class {label}' for label in range(len(scores))]
     return '\n'.join(
-        f'{scores[label]:8.2%}  {names[label]}' for label in np.argsort(-scores, kind='stable')[:5]
+        f'{scores[label]:8.2%}  {class_name(inferencer.classes, label)}'
+        for label in np.argsort(-scores, kind='stable')[:5]
     )
 
 
@@ -74,9 +80,10 @@ def detect(config: Path, weights: str | None, device: str, image: str, out: Path
     inferencer = DetInferencer(str(config), weights, device, show_progress=False)
     results = inferencer(image, out_dir=str(out), pred_score_thr=threshold, no_save_pred=True)
     (result,) = results['predictions']
-    names = inferencer.visualizer.dataset_meta['classes']
+    # Without weights the library takes the names of another data set.
+    names = inferencer.visualizer.dataset_meta['classes'] if weights else None
     lines = [
-        f'{score:8.2%}  {names[label]}  at {", ".join(f"{side:.0f}" for side in box)}'
+        f'{score:8.2%}  {class_name(names, label)}  at {", ".join(f"{side:.0f}" for side in box)}'
         for score, label, box in zip(
             result['scores'], result['labels'], result['bboxes'], strict=True
         )
@@ -93,10 +100,12 @@ def segment(config: Path, weights: str | None, device: str, image: str, out: Pat
     inferencer = MMSegInferencer(str(config), weights, device=device)
     inferencer.show_progress = False
     labels = np.asarray(inferencer(image, out_dir=str(out))['predictions'])
-    names = inferencer.visualizer.dataset_meta['classes']
+    # Without weights the library takes the names of another data set.
+    names = inferencer.visualizer.dataset_meta['classes'] if weights else None
     found, counts = np.unique(labels, return_counts=True)
     return '\n'.join(
-        f'{counts[i] / labels.size:8.2%}  {names[found[i]]}' for i in np.argsort(-counts)
+        f'{counts[i] / labels.size:8.2%}  {class_name(names, found[i])}'
+        for i in np.argsort(-counts)
     )
 
 
@@ -142,7 +151,8 @@ def run(image: str, model: str, pretrained: str | bool, device: str, out: Path) 
 
     Raises:
         FileNotFoundError: If the image, config or checkpoint does not exist.
-        ValueError: If the file is not an image, or there is no such model or no task for it.
+        ValueError: If the file is not an image, there is no such model, no task for it, or no such
+            device.
         CheckpointError: If the checkpoint cannot be downloaded, read or loaded.
     """
     if not Path(image).is_file():
@@ -150,9 +160,16 @@ def run(image: str, model: str, pretrained: str | bool, device: str, out: Path) 
     if not Path(image).stat().st_size or mmcv.imread(image) is None:
         raise ValueError(f'{image} is no image that OpenCV {cv2.__version__} can read')
     config, weights = resolve(model, pretrained)
-    scope = Config.fromfile(config).get('default_scope')
+    cfg = Config.fromfile(config)
+    scope = cfg.get('default_scope')
     if scope not in TASKS:
         raise ValueError(f'{config} has the default_scope {scope!r}, not one of {list(TASKS)}')
+    if cfg.get('test_dataloader') is None:
+        raise ValueError(f'{config} is for pre-training: its model predicts nothing')
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:  # a build without CUDA asserts
+        raise ValueError(f'--device {device} cannot be used: {error}') from error
     # The libraries name a picture after the image's file name without its folders.
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as links:
         source = image

@@ -15,12 +15,6 @@ from digits_demo import draw, predict
 from mmengine.config import Config
 
 CONFIG = ROOT / 'configs/classification/vrwkv-nano_1xb64-15e_cifar10.py'
-#: The metrics to print, by the default scope of a config.
-RESULTS = {
-    'mmpretrain': {'top-1 (%)': 'accuracy/top1'},
-    'mmdet': {'AP50 of boxes': 'coco/bbox_mAP_50', 'AP of boxes': 'coco/bbox_mAP'},
-    'mmseg': {'mIoU (%)': 'mIoU', 'pixels (%)': 'aAcc'},
-}
 
 
 def check_data(cfg: Config, data_root: Path) -> None:
@@ -48,12 +42,6 @@ def draw_checkpoint(
     demo.draw_checkpoint(config, checkpoint, data_root, metrics, out)
 
 
-def report(cfg: Config, metrics: dict[str, float]) -> str:
-    """Format the metrics."""
-    lines = [f'  {name}  {metrics[key]:.4g}' for name, key in RESULTS[cfg.default_scope].items()]
-    return '\n'.join(['On the test images:', *lines])
-
-
 def main() -> None:
     """Run the demo from the command line."""
     run_demo(
@@ -62,7 +50,6 @@ def main() -> None:
         check_data,
         draw_checkpoint,
         'predictions.png',
-        report,
         'docs/photographs.md compares it with a ViT of the same size.',
     )
 

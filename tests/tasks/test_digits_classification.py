@@ -169,7 +169,7 @@ def test_demo(demo, run_demo, tool_calls, tmp_path):
     config = short_config(tmp_path, digits)
     out = run_demo(demo, config)
     assert trained_epochs(out) == {1, 2}
-    accuracy = float(re.search(r'accuracy on unseen digits: ([\d.]+) %', out)[1])
+    accuracy = float(re.search(r'top-1 \(%\)  ([\d.]+)', out)[1])
     # Ten classes: chance is 10 %.
     assert accuracy > 50
     for kind in ('picture', 'checkpoint', 'log'):
@@ -184,7 +184,7 @@ def test_demo(demo, run_demo, tool_calls, tmp_path):
 
     again = run_demo(demo, config)
     assert trained_epochs(again) == set()
-    assert f'{accuracy:.2f} %' in again
+    assert f'top-1 (%)  {accuracy:.4g}\n' in again
 
     # As if killed in the second epoch.
     (tmp_path / 'work/epoch_2.pth').unlink()
@@ -192,7 +192,44 @@ def test_demo(demo, run_demo, tool_calls, tmp_path):
     resumed = run_demo(demo, config)
     assert trained_epochs(resumed) == {2}
     # Random state comes from seed and epoch: it ends where the unbroken training did.
-    assert f'{accuracy:.2f} %' in resumed
+    assert f'top-1 (%)  {accuracy:.4g}\n' in resumed
 
-    with pytest.raises(SystemExit, match=r'another model.backbone than .* has now: remove'):
-        run_demo(demo, short_config(tmp_path, digits, embed_dims=16))
+    for change, key in (
+        (dict(embed_dims=16), 'model.backbone'),
+        (dict(epochs=3), 'train_cfg.max_'),
+    ):
+        with pytest.raises(SystemExit, match=rf'another {key}.* than .* has now: remove'):
+            run_demo(demo, short_config(tmp_path, digits, **change))
+
+    # Another test set: no old result stands for it.
+    config = short_config(tmp_path, digits)
+    config.write_text(f"{config.read_text()}test_dataloader['dataset']['indices'] = 8\n")
+    tool_calls.clear()
+    run_demo(demo, config)
+    assert tool_calls == ['test.py']
+
+
+def test_mistakes(demo, run_demo, tmp_path, capfd):
+    with pytest.raises(SystemExit):
+        run_demo(demo, tmp_path / 'none.py')
+    assert re.search(r'config /.*none\.py does not exist', capfd.readouterr().err)
+    (tmp_path / 'full').mkdir()
+    with pytest.raises(SystemExit, match=r'error: .*full exists and holds 0 digits'):
+        run_demo(demo, short_config(tmp_path, tmp_path / 'full'))
+    imagenet = ROOT / 'configs/classification/vrwkv-tiny_8xb128_in1k.py'
+    with pytest.raises(
+        SystemExit, match=r'vrwkv-tiny_8xb128_in1k\.py has no digits: this demo takes'
+    ):
+        run_demo(demo, imagenet)
+    assert not (ROOT / 'data/imagenet').exists()
+
+
+def test_interrupt(load_script, tmp_path, monkeypatch):
+    tools = load_script('demo/demo_tools.py')
+
+    def interrupted(self, line):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tools.Progress, 'update', interrupted)
+    with pytest.raises(SystemExit, match=r'Interrupted\. The same command continues'):
+        tools.run_tool('test.py', '--help', log=tmp_path / 'log')

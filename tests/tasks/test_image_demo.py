@@ -34,7 +34,7 @@ def run(demo, tmp_path, monkeypatch, capsys):
 
     def run(*args):
         out = tmp_path / 'out'
-        argv = ['image_demo.py', *map(str, args), '--device', 'cpu', '--out-dir', str(out)]
+        argv = ['image_demo.py', '--device', 'cpu', '--out-dir', str(out), *map(str, args)]
         monkeypatch.setattr('sys.argv', argv)
         capsys.readouterr()
         demo.main()
@@ -118,6 +118,11 @@ def test_segmentation(run, image, tmp_path):
     assert picture.name == 'image.jfif.png'
 
 
+def test_classes_without_weights_have_no_names(run, image):
+    text = run(image, the_small('segmentation'))[0]
+    assert re.findall(r'%  (.*)\n', text) == re.findall(r'%  (class \d+)\n', text) != []
+
+
 @pytest.mark.parametrize('task', ['classification', 'detection', 'segmentation'])
 def test_images_of_one_name_keep_their_folders(task, run, image, tmp_path):
     config = TINY if task == 'classification' else the_small(task)
@@ -168,6 +173,8 @@ def test_where_config_and_weights_come_from(demo):
         (('image.png', 'other.py', '--pretrained'), 'no released weights of other.py'),
         (('image.png', TINY, '--pretrained', 'text.png'), 'is not a PyTorch checkpoint'),
         (('image.png', TINY, '--pretrained', 'none.pth'), "'none.pth' does not exist"),
+        (('image.png', TINY, '--device', 'gpu'), '--device gpu cannot be used: '),
+        (('image.png', 'mae.py'), 'mae.py is for pre-training: its model predicts nothing'),
     ],
 )
 def test_mistakes(args, message, run, image, tmp_path, monkeypatch):
@@ -175,6 +182,7 @@ def test_mistakes(args, message, run, image, tmp_path, monkeypatch):
     Path('text.png').write_text('no image')
     Path('empty.png').touch()
     Path('other.py').write_text("default_scope = 'mmpose'")
+    Path('mae.py').write_text("default_scope = 'mmpretrain'")
     with pytest.raises(SystemExit, match=r'^error: ') as caught:
         run(*args)
     assert message in str(caught.value)

@@ -45,7 +45,7 @@ def test_cells(cells, repository, tmp_path, monkeypatch):
     assert names['cost'].parameters == pytest.approx(6.2e6, rel=0.01)
     assert [m.shape for m in names['maps']] == [torch.Size([1, 192, 26, 40])] * 3
     assert names['runner'].epoch == 2
-    assert (tmp_path / 'demo/work_dirs/quickstart/epoch_2.pth').is_file()
+    assert (tmp_path / 'work_dirs/quickstart/epoch_2.pth').is_file()
     assert [image.shape for image in names['drawn']] == [(128, 128, 3)] * 4
     pixels = np.stack(names['drawn'])
     assert pixels.std() > 10

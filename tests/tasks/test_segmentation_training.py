@@ -69,8 +69,8 @@ def test_demo(demo, write_config, run_demo, tool_calls, tmp_path):
     assert max(trained_iterations(out)) == 30
     truths = [np.asarray(Image.open(p)) for p in tmp_path.glob('scenes/annotations/validation/*')]
     assert len(truths) == 3
-    miou = float(re.search(r'mIoU +([\d.]+)', out)[1])
-    pixels = float(re.search(r'pixels +([\d.]+)', out)[1])
+    miou = float(re.search(r'mIoU \(%\) +([\d.]+)', out)[1])
+    pixels = float(re.search(r'pixels \(%\) +([\d.]+)', out)[1])
     for kind in ('picture', 'checkpoint'):
         assert Path(re.search(rf'{kind} +(/.+)', out)[1]).stat().st_size > 0
 
@@ -91,7 +91,7 @@ def test_demo(demo, write_config, run_demo, tool_calls, tmp_path):
 
     again = run_demo(demo, config)
     assert tool_calls == ['train.py', 'test.py']
-    assert f'{miou:.2f}' in again
+    assert f'mIoU (%)  {miou:.4g}\n' in again
 
     # As if killed on the way: it goes on, and tests and draws what is new.
     checkpoint.unlink()
@@ -110,7 +110,7 @@ def test_picture(demo, tmp_path):
     truth[2:6, 2:6] = 1
     result = demo.Result(np.full((8, 8, 3), 90, np.uint8), truth, 1 - truth)
     out = tmp_path / 'picture.png'
-    demo.draw([result], ['a', 'b'], [[10, 200, 30], [40, 50, 220]], 12.3, out)
+    demo.draw([result], ['a', 'b'], [[10, 200, 30], [40, 50, 220]], 12.3, out, 'A')
     pixels = np.asarray(Image.open(out).convert('RGB')).reshape(-1, 3)
     for colour in ((10, 200, 30), (40, 50, 220), (90, 90, 90)):
         assert (pixels == colour).all(1).sum() > 500

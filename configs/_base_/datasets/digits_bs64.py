@@ -1,6 +1,7 @@
 # The handwritten digits of scikit-learn; demo/digits_demo.py writes the folder.
 dataset_type = 'CustomDataset'
 data_root = 'data/digits'
+digits = dict(size=32)
 data_preprocessor = dict(
     num_classes=10,
     mean=[127.5, 127.5, 127.5],

@@ -7,6 +7,7 @@ model = dict(
 )
 
 data_root = 'data/scattered_digits'
+digits = None  # not those of demo/digits_demo.py
 # No augmentation: places and sizes vary already.
 train_dataloader = dict(dataset=dict(data_root=data_root, pipeline=_base_.test_pipeline))
 val_dataloader = dict(dataset=dict(data_root=data_root))
