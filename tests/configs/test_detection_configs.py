@@ -13,7 +13,6 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DefaultScope
 
 import vrwkv_det  # noqa: F401
-from vrwkv.backbones import VRWKV6Adapter
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs/detection'
 # Name: millions of parameters of the backbone in the paper's Table 3, width, drop path, and the
@@ -34,8 +33,7 @@ TABLE = {
 }
 PLAIN = 'vrwkv-tiny_simple'
 COCO = [*TABLE, PLAIN]
-# Heads of 64 channels, and millions of parameters, which are not in the paper.
-SIX = {'tiny': (3, 9.89), 'small': (6, 33.12), 'base': (12, 117.81)}
+SIX = dict(tiny=3, small=6, base=12)  # heads of 64 channels; not in the paper
 
 
 @cache
@@ -80,18 +78,13 @@ def test_every_config_is_tested():
 
 @pytest.mark.parametrize('size', SIX)
 def test_vrwkv6_has_vrwkvs_recipe(size):
-    heads, millions = SIX[size]
     six, plain = (load(f'{kind}-adapter-{size}').to_dict() for kind in ('vrwkv6', 'vrwkv'))
     backbone, expected = six['model'].pop('backbone'), plain['model'].pop('backbone')
-    expected |= dict(type='VRWKV6Adapter', num_heads=heads)
+    expected |= dict(type='VRWKV6Adapter', num_heads=SIX[size])
     checkpoint = expected['init_cfg']['checkpoint']
     expected['init_cfg']['checkpoint'] = checkpoint.replace('vrwkv_', 'vrwkv6_')
     assert backbone == expected
     assert six == plain
-    with torch.device('meta'):
-        backbone = VRWKV6Adapter(**{key: backbone[key] for key in backbone if key != 'type'})
-    parameters = sum(p.numel() for p in backbone.parameters())
-    assert parameters / 1e6 == pytest.approx(millions, abs=0.005)
 
 
 @pytest.mark.parametrize('name', TABLE)
@@ -165,15 +158,14 @@ def test_pretrained_weights(name):
     assert init.type == 'Pretrained'
     assert init.prefix == 'backbone.'
     folder, _, file = init.checkpoint.rpartition('/')
+    size = name.split('_')[0].rsplit('-')[-1]
     if 'vrwkv' in name:
         assert folder == 'https://huggingface.co/OpenGVLab/Vision-RWKV/resolve/main'
-        size = name.split('_')[0].rsplit('-')[-1]
         assert file == (
             'vrwkv_l_in22k_192.pth' if size == 'large' else f'vrwkv_{size[0]}_in1k_224.pth'
         )
     else:
         assert folder.startswith('https://download.openmmlab.com/mmclassification/v0/')
-        size = name.split('_')[0].rsplit('-')[-1]
         assert file.startswith('vit-large-p16_in21k' if size == 'large' else f'deit-{size}_pt-')
 
 

@@ -225,6 +225,20 @@ def test_backbone_alone_leaves_the_head_random(source, tmp_path):
     assert torch.equal(model.forward_features(images()), source.forward_features(images()))
 
 
+def test_torch_hub_without_an_installed_vrwkv_ops(repository):
+    code = f"""
+import sys, torch
+from importlib.util import find_spec
+from pathlib import Path
+while (spec := find_spec('vrwkv_ops')) and spec.origin:  # as if it were not installed
+    sys.path.remove(str(Path(spec.origin).parents[1]))
+hub = torch.hub.load({str(repository)!r}, 'vrwkv_tiny', source='local', num_classes=3, depth=1)
+assert hub(torch.ones(1, 3, 32, 32)).shape == (1, 3)
+"""
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 # --- downloads ----------------------------------------------------------------------------------
 
 

@@ -86,7 +86,7 @@ def test_backward_passes_can_be_repeated_and_weights_must_not_change_before():
 
 @pytest.mark.parametrize('change', ['another module', 'a hook'])
 def test_a_changed_norm_layer_runs_once(change, monkeypatch):
-    """It may be random."""
+    """A second run could draw other random numbers."""
     torch.manual_seed(0)
     model, images = VRWKV(**SMALL), torch.randn(1, 3, 64, 64)
     norm = model.layers[0].ln1

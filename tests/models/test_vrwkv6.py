@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from vrwkv.backbones import VRWKV, VRWKV6
 from vrwkv.layers import SpatialMix6
@@ -156,7 +157,8 @@ def test_autocast():
 def test_compiles_into_one_graph_for_all_sizes():
     torch._dynamo.reset()
     model = randomise(VRWKV6(**SMALL | {'depth': 1}))
-    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend='eager')
+    counter = CompileCounterWithBackend('eager')
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
     for size in ((32, 40), (48, 32)):
         image = torch.randn(2, 3, *size)
         grads = []
@@ -167,6 +169,7 @@ def test_compiles_into_one_graph_for_all_sizes():
             grads.append([out.detach(), *(p.grad for p in model.parameters())])
         for eager, traced in zip(*grads, strict=True):
             torch.testing.assert_close(traced, eager, rtol=1e-4, atol=1e-4 * eager.abs().max())
+    assert counter.frame_count == 1
 
 
 def test_export_with_dynamic_height_and_width():

@@ -149,14 +149,10 @@ def backbone(name, height, width):
 
 def resized(model, target):
     """The position embedding on another grid; a ViT's first token is the class token's slot."""
-    slot, grid = model.pos_embed.data.split([*slots(model), 16], dim=1)
+    slot, grid = model.pos_embed.data.split([int(isinstance(model, ViT)), 16], dim=1)
     grid = grid.unflatten(1, model.patch_resolution).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, size=target, mode='bicubic', align_corners=False)
     return torch.cat([slot, grid.flatten(2).transpose(1, 2)], dim=1)
-
-
-def slots(model):
-    return [1] if isinstance(model, ViT) else [0]
 
 
 @every_backbone
@@ -199,7 +195,7 @@ def test_wrappers_keep_the_grid(wrapper, path):
 
 
 def test_some_of_its_own_weights():
-    """As of the trained parameters."""
+    """A state dict of a part of the model, such as of the trained parameters alone, loads."""
     given, model = randomise(VRWKV(**SMALL), seed=1), VRWKV(**SMALL)
     before = model.layers[0].att.key.weight.clone()
     part = {k: v for k, v in given.state_dict().items() if k.startswith('layers.1.')}

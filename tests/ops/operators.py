@@ -188,7 +188,7 @@ def _wkv(causal: bool) -> Operator:
 
 
 def _wkv6_inputs(normal, batch, tokens, channels):
-    size = next(n for n in (64, 40, 24, 8) if channels % n == 0)
+    size = next(n for n in (64, 40, 32, 24, 8) if channels % n == 0)
     r, k, v, w = normal(4, batch, tokens, channels)
     return dict(r=r, k=k, v=v, w=2 * w - 2, u=normal(channels // size, size))
 

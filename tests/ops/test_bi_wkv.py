@@ -162,8 +162,11 @@ EXTREME = [
 
 @on('tokens k_max steps', EXTREME, only=has_kernels)
 @both_directions
-def test_extremes_stay_finite_and_accurate(backend, tokens, k_max, steps, causal):
-    """Beyond |k| = 30 or |w| T = 30 errors of gradients may grow in proportion, never to NaN."""
+def test_extremes_stay_finite(backend, tokens, k_max, steps, causal):
+    """y stays exact. Errors of gradients may grow with |k| and |w| T, as z is rounded to float32.
+
+    At T = 65,536 and |w| = 1e3 they reach 100 %: there only NaN and infinity fail.
+    """
     for w_step in steps:
         w, u, k, v, gy = make_inputs(tokens, 2, 1, k_max=k_max, seed=tokens)
         check_extreme(backend, torch.full_like(w, w_step), u, k, v, gy, causal)

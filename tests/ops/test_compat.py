@@ -10,10 +10,10 @@ from .dense_bi_wkv6 import dense_bi_wkv6
 from .test_bi_wkv6 import make, run
 
 
-def bi_wkv_problem(dtype=torch.float32):
+def bi_wkv_problem():
     generator = torch.Generator().manual_seed(0)
     w, u = (torch.randn(48, generator=generator) / 40 for _ in range(2))
-    k, v, gy = (torch.randn(2, 40, 48, generator=generator).to(dtype) for _ in range(3))
+    k, v, gy = (torch.randn(2, 40, 48, generator=generator) for _ in range(3))
     return (w, u, k, v), gy
 
 

@@ -36,8 +36,11 @@ WKV_SHAPES = [
 ]
 CASES = [
     *itertools.product(WKV_SHAPES, WKV),
-    # Beside the sizes of chunks; heads of 8, 24, 40 and 64 channels.
-    *itertools.product([(1, 1, 8), (2, 17, 24), (1, 33, 80), (1, 70, 128)], WKV6),
+    # Beside the sizes of chunks; heads of 8, 24, 32, 40 and 64 channels.
+    *itertools.product(
+        [(1, 1, 8), (1, 2, 16), (2, 15, 24), (1, 16, 32), (2, 17, 24), (1, 33, 80), (1, 70, 128)],
+        WKV6,
+    ),
     *itertools.product([(2, 15, 10), (2, 15, 41), (3, 15, 64)], SHIFTS),
     *itertools.product([(1, 4, 1), (2, 5, 3), (3, 7, 8), (1, 9, 33), (2, 30, 76)], DEFORMABLE),
     *itertools.product([(), (1,), (3, 37), (17, 59), (1 << 16,)], POINTWISE),

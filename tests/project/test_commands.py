@@ -150,7 +150,6 @@ def run_script(path, arguments, monkeypatch):
 
 
 def run_recorded(program, arguments, checkout, monkeypatch, seen):
-    """Run one recorded command."""
     if program in ('torchrun', 'srun'):  # they run a tool with the rest of their arguments
         tool = re.compile(r'/(train|test)\.py$')
         first = next(i for i, name in enumerate(arguments) if tool.search(name))

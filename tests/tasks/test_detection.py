@@ -167,7 +167,7 @@ def config(golden):
     return cfg
 
 
-def mmdet_2_weights(dims, classes=80):
+def mmdet_2_weights(dims):
     """Names and shapes of mmdet 2.28's neck and heads of mask_rcnn_r50_fpn, as upstream has."""
     shapes = {}
 
@@ -184,10 +184,10 @@ def mmdet_2_weights(dims, classes=80):
     layer('rpn_head.rpn_reg', 12, 256, 1, 1)
     layer('roi_head.bbox_head.shared_fcs.0', 1024, 256 * 7 * 7)
     layer('roi_head.bbox_head.shared_fcs.1', 1024, 1024)
-    layer('roi_head.bbox_head.fc_cls', classes + 1, 1024)
-    layer('roi_head.bbox_head.fc_reg', 4 * classes, 1024)
+    layer('roi_head.bbox_head.fc_cls', 81, 1024)
+    layer('roi_head.bbox_head.fc_reg', 320, 1024)
     layer('roi_head.mask_head.upsample', 256, 256, 2, 2)
-    layer('roi_head.mask_head.conv_logits', classes, 256, 1, 1)
+    layer('roi_head.mask_head.conv_logits', 80, 256, 1, 1)
     generator = torch.Generator().manual_seed(0)
     return {k: 0.01 * torch.randn(shape, generator=generator) for k, shape in shapes.items()}
 

@@ -290,7 +290,7 @@ def arguments(repository, checkpoint, raster, *others):
     return [str(x) for x in (*files, '--overlap', 32, *others)]
 
 
-def blended(tool, repository, checkpoint, raster, step=64, overlap=32):
+def blended(tool, repository, checkpoint, raster):
     """Blend all windows in one array: weights fall linearly over the overlaps."""
     predictor = tool.Predictor(str(repository / CONFIG), str(checkpoint), 'cpu')
     image = read(raster).astype(np.float32)
@@ -299,12 +299,12 @@ def blended(tool, repository, checkpoint, raster, step=64, overlap=32):
 
     def ramp(start, end, length):
         x = np.arange(start, end) + 0.5
-        up = np.minimum(1, (x - start) / overlap) if start else 1
-        down = np.minimum(1, (end - x) / overlap) if end < length else 1
+        up = np.minimum(1, (x - start) / 32) if start else 1
+        down = np.minimum(1, (end - x) / 32) if end < length else 1
         return up * down
 
     for top, left in itertools.product((0, 64), (0, 64, 128)):
-        bottom, right = min(top + step + overlap, height), min(left + step + overlap, width)
+        bottom, right = min(top + 96, height), min(left + 96, width)
         weight = ramp(top, bottom, height)[:, None] * ramp(left, right, width)
         part = image[:, top:bottom, left:right].transpose(1, 2, 0)
         total[:, top:bottom, left:right] += weight * predictor(part).numpy()

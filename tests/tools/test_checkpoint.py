@@ -12,7 +12,6 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from mmengine.config import Config
 from mmengine.fileio import PetrelBackend
 from mmengine.logging import HistoryBuffer
 from mmengine.model import BaseModule, ExponentialMovingAverage
@@ -274,17 +273,3 @@ def test_failed_download(server, checkpoint, tmp_path):
     with pytest.raises(CheckpointError, match='cannot be loaded safely'):
         load(f'{url}/trap.pth')
     assert not (tmp_path / 'executed').exists()
-
-
-@pytest.mark.parametrize(
-    'base',
-    [
-        'mmpretrain::_base_/default_runtime.py',
-        'mmdet::_base_/default_runtime.py',
-        'mmseg::_base_/default_runtime.py',
-    ],
-)
-def test_configs_inherit_from_the_libraries(base, tmp_path):
-    path = tmp_path / 'config.py'
-    path.write_text(f"_base_ = '{base}'")
-    assert Config.fromfile(path).default_scope == base.partition('::')[0]

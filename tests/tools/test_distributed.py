@@ -55,6 +55,25 @@ def test_machines_that_share_no_folder_do_not_resume(toy_config, run, free_port,
     assert "by rank: ['epoch_4.pth', None]" in result.stdout
 
 
+def test_two_processes_resume(toy_config, run, load, free_port, tmp_path):
+    """Killed in the second epoch, they end where the unbroken training ends: bit for bit."""
+
+    def train(name, folder, *options, more='', check=True):
+        changes = "randomness = dict(seed=5)\nenv_cfg = dict(dist_cfg=dict(backend='gloo'))\n"
+        options = ['--work-dir', tmp_path / folder, *options]
+        config = toy_config(name, changes + more)
+        return run('dist_train.sh', config, 2, *options, PORT=free_port, check=check)
+
+    dies = "custom_hooks += [dict(type='DieInEpoch', iteration=7)]"
+    assert train('killed', 'broken', more=dies, check=False).returncode
+    assert not (tmp_path / 'broken/epoch_4.pth').exists()
+    train('resumed', 'broken', '--resume')
+    train('unbroken', 'unbroken')
+    resumed, unbroken = (load(tmp_path / x / 'epoch_4.pth') for x in ('broken', 'unbroken'))
+    for key in ('state_dict', 'ema_state_dict', 'optimizer'):
+        torch.testing.assert_close(resumed[key], unbroken[key], rtol=0, atol=0)
+
+
 def test_two_processes_measure_like_one(toy_config, run, free_port, tmp_path):
     import toy
 

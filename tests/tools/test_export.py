@@ -95,8 +95,11 @@ def test_foreign_file(files, tmp_path):
         load_exported(tmp_path / 'model.onnx')
 
 
-def test_classifier_in_plain_pytorch():
-    model = create_model('vrwkv-tiny', embed_dims=16, depth=1, img_size=32, num_classes=3)
+@pytest.mark.parametrize(
+    'options', [dict(name='vrwkv-tiny'), dict(name='vrwkv6-tiny', num_heads=2)]
+)
+def test_classifier_in_plain_pytorch(options):
+    model = create_model(**options, embed_dims=16, depth=1, img_size=32, num_classes=3)
     result = export.export_program(model.eval())
     assert result.metadata['task'] == 'classification' and max(result.errors.values()) < 1e-5
 
