@@ -304,7 +304,7 @@ def plot(rows: list[Row], title: str, path: Path) -> None:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = ArgumentParser(__doc__, 'benchmarks')
+    parser = ArgumentParser(__doc__, 'benchmarks', (OURS, SIX, *ATTENTION))
     parser.add_argument(
         '--sizes', nargs='+', choices=WIDTHS, default=['tiny'], help='default: tiny'
     )
@@ -347,9 +347,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f'--resolutions start at {PATCH} (a patch), got {min(args.resolutions)}')
     if args.train and args.runtime == 'aotinductor':
         parser.error('AOTInductor runs the forward pass only: leave out --train')
-    names = [peer.name for peer in args.peer]
-    if len({*names, OURS, SIX, *ATTENTION}) < len(names) + 2 + len(ATTENTION):
-        parser.error(f'--peer needs names that differ from each other and from ours, got {names}')
     return args
 
 

@@ -388,6 +388,7 @@ void differentiable_once(const c10::OperatorHandle& op, c10::DispatchKeySet keys
 
 TORCH_LIBRARY(vrwkv_ops, m) {
   for (const char* schema : {
+           "bi_wkv(Tensor w, Tensor u, Tensor k, Tensor v, bool causal) -> Tensor",
            "bi_wkv_forward(Tensor w, Tensor u, Tensor k, Tensor v, bool causal, bool save)"
            " -> (Tensor y, Tensor y_residual, Tensor z)",
            "bi_wkv_backward(Tensor gy, Tensor w, Tensor u, Tensor k, Tensor v, Tensor y, Tensor y_residual, Tensor z,"
@@ -395,12 +396,12 @@ TORCH_LIBRARY(vrwkv_ops, m) {
            "bi_wkv6_forward(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, bool causal) -> Tensor",
            "bi_wkv6_backward(Tensor gy, Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, bool causal)"
            " -> (Tensor gr, Tensor gk, Tensor gv, Tensor gw, Tensor gu)",
-           "q_shift(Tensor x, SymInt height, SymInt width, int shift_pixel, float channel_gamma, bool reverse, int heads=1) -> "
-           "Tensor",
-           "token_shift_forward(Tensor x, Tensor mixes, SymInt height, SymInt width, int shift_pixel, float channel_gamma, str "
-           "mode, "
-           "int heads=1)"
-           " -> Tensor[]",
+           "q_shift(Tensor x, SymInt height, SymInt width, int shift_pixel, float channel_gamma, bool reverse, int heads=1)"
+           " -> Tensor",
+           "token_shift(Tensor x, Tensor[] mixes, SymInt height, SymInt width, int shift_pixel, float channel_gamma,"
+           " str mode, int heads=1) -> Tensor[]",
+           "token_shift_forward(Tensor x, Tensor mixes, SymInt height, SymInt width, int shift_pixel, float channel_gamma,"
+           " str mode, int heads=1) -> Tensor[]",
            "token_shift_backward(Tensor[] grads, Tensor x, Tensor mixes, SymInt height, SymInt width, int shift_pixel,"
            " float channel_gamma, str mode, int heads=1) -> (Tensor gx, Tensor gmixes)",
            "ms_deform_attn(Tensor value, SymInt[] shapes, Tensor locations, Tensor weights) -> Tensor",
@@ -412,12 +413,7 @@ TORCH_LIBRARY(vrwkv_ops, m) {
            "sigmoid_gate_backward(Tensor grad, Tensor r, Tensor x) -> (Tensor gr, Tensor gx)",
        })
     m.def(schema, {at::Tag::pt2_compliant_tag});
-  m.def("bi_wkv(Tensor w, Tensor u, Tensor k, Tensor v, bool causal) -> Tensor", {at::Tag::pt2_compliant_tag});
   m.impl("bi_wkv", c10::DispatchKey::CompositeImplicitAutograd, TORCH_FN(bi_wkv));
-  m.def(
-      "token_shift(Tensor x, Tensor[] mixes, SymInt height, SymInt width, int shift_pixel, float channel_gamma, str mode, "
-      "int heads=1) -> Tensor[]",
-      {at::Tag::pt2_compliant_tag});
   m.impl("token_shift", c10::DispatchKey::CompositeImplicitAutograd, TORCH_FN(token_shift));
 }
 

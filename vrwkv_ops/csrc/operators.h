@@ -1,7 +1,6 @@
 // The operators as the dispatcher calls them (schemas: dispatch.cpp).
 #pragma once
 
-#include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 #include <c10/util/string_view.h>
 

@@ -153,7 +153,7 @@ template <template <typename> class State, typename P>
 struct ChunkJoiner {
   using scalar_t = typename P::scalar_type;
   using T = typename P::acc_t;
-  using ChannelVector = StateVector<State<T>, T>;
+  using States = StateVector<State<T>, T>;
   const P& p;
   int64_t b, c;
   int direction, segments, count;
@@ -184,7 +184,7 @@ struct ChunkJoiner {
   VRWKV_FN void sum_segment(int segment, SegmentSum<State>* to) const {
     for (int j = 0; j < count; ++j) to[j] = SegmentSum<State>();
     for (int64_t i = first(segment); i < first(segment + 1); ++i) {
-      ChannelVector own;
+      States own;
       Chunk<scalar_t>(p, b, index(i), c).read_state(own, direction);
       for (int j = 0; j < count; ++j) {
         to[j].carry.append(convert<double>(own.get(j)), passage(i, j), steps[j]);
@@ -197,7 +197,7 @@ struct ChunkJoiner {
   VRWKV_FN void write_entering(int segment, PrefixState<State, double>* carried) const {
     for (int64_t i = first(segment); i < first(segment + 1); ++i) {
       const Chunk<scalar_t> chunk(p, b, index(i), c);
-      ChannelVector own, entering;
+      States own, entering;
       chunk.read_state(own, direction);
       for (int j = 0; j < count; ++j) {
         entering.set(j, convert<T>(carried[j].entering()));
@@ -230,7 +230,7 @@ VRWKV_FN void absorb(WkvStateVector<T>& state, const ScaledVector<T>& key, const
 }
 
 template <bool causal, typename scalar_t, typename ChunkType>
-VRWKV_FN void forward_states(const WkvForwardParams<scalar_t>& p, const ChunkType& chunk) {
+VRWKV_FN void careful_states(const WkvForwardParams<scalar_t>& p, const ChunkType& chunk) {
   using T = acc_type<scalar_t>;
   ChannelVector<T> k, v;
   ScaledVector<T> key;
@@ -252,8 +252,8 @@ VRWKV_FN void forward_states(const WkvForwardParams<scalar_t>& p, const ChunkTyp
   if constexpr (!causal) chunk.write_state(after, 1);
 }
 
-template <typename scalar_t, bool causal>
-VRWKV_FN void forward_combine(const WkvForwardParams<scalar_t>& p, int64_t b, int64_t c) {
+template <bool causal, typename scalar_t>
+VRWKV_FN void combine(const WkvForwardParams<scalar_t>& p, int64_t b, int64_t c) {
   join_direction<WkvState>(p, b, c, 0);
   if constexpr (!causal) join_direction<WkvState>(p, b, c, 1);
 }
@@ -275,7 +275,7 @@ VRWKV_FN void write_output(const WkvForwardParams<scalar_t>& p, const Chunk<scal
 }
 
 template <bool causal, typename scalar_t, typename ChunkType>
-VRWKV_FN void forward_outputs(const WkvForwardParams<scalar_t>& p, const ChunkType& chunk) {
+VRWKV_FN void careful_outputs(const WkvForwardParams<scalar_t>& p, const ChunkType& chunk) {
   using T = acc_type<scalar_t>;
   const T lift = T(1) / p.headroom;
   ChannelVector<T> k, v, u;
@@ -371,7 +371,7 @@ struct DistanceFactorsVector {
 
 // A token contributes to the outputs after it, which are summed from the right, and, unless causal, to the outputs before it.
 template <bool causal, typename scalar_t, typename ChunkType>
-VRWKV_FN void backward_states(const WkvBackwardParams<scalar_t>& p, const ChunkType& chunk) {
+VRWKV_FN void careful_states(const WkvBackwardParams<scalar_t>& p, const ChunkType& chunk) {
   using T = acc_type<scalar_t>;
   const Distances<int64_t> distances{p.tokens, causal};
   const DistanceFactorsVector<T> counting(chunk);
@@ -396,14 +396,14 @@ VRWKV_FN void backward_states(const WkvBackwardParams<scalar_t>& p, const ChunkT
   }
 }
 
-template <typename scalar_t, bool causal>
-VRWKV_FN void backward_combine(const WkvBackwardParams<scalar_t>& p, int64_t b, int64_t c) {
+template <bool causal, typename scalar_t>
+VRWKV_FN void combine(const WkvBackwardParams<scalar_t>& p, int64_t b, int64_t c) {
   join_direction<GradState>(p, b, c, 1);
   if constexpr (!causal) join_direction<GradState>(p, b, c, 0);
 }
 
 template <bool causal, typename scalar_t, typename ChunkType>
-VRWKV_FN void backward_outputs(const WkvBackwardParams<scalar_t>& p, const ChunkType& chunk) {
+VRWKV_FN void careful_outputs(const WkvBackwardParams<scalar_t>& p, const ChunkType& chunk) {
   using T = acc_type<scalar_t>;
   const T lift = T(1) / p.headroom;
   const Distances<int64_t> distances{p.tokens, causal};

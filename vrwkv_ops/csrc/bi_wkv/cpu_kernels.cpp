@@ -24,53 +24,34 @@ struct CarefulChunk : Chunk<scalar_t> {
   VRWKV_FN void read_decay(DecayVector<T>& to, int n) const { to = decay[n]; }
 };
 
-template <typename scalar_t>
-constexpr bool kHasFastPath = std::is_same_v<acc_type<scalar_t>, float>;
-
-template <typename scalar_t, bool causal>
-struct PassFunctions {
-  static constexpr vrwkv_cpu::PassKernels<WkvForwardParams<scalar_t>> forward() {
-    using P = WkvForwardParams<scalar_t>;
-    return {[](const P& p, int64_t b, int64_t i, int64_t c) {
-              const Chunk<scalar_t> chunk(p, b, i, c);
-              if constexpr (kHasFastPath<scalar_t>) {
-                if (fast_forward_states<causal>(p, chunk)) return;
-              }
-              forward_states<causal>(p, CarefulChunk(chunk));
-            },
-            forward_combine<scalar_t, causal>,
-            [](const P& p, int64_t b, int64_t i, int64_t c) {
-              const Chunk<scalar_t> chunk(p, b, i, c);
-              if constexpr (kHasFastPath<scalar_t>) {
-                if (fast_forward_outputs<causal>(p, chunk)) return;
-              }
-              forward_outputs<causal>(p, CarefulChunk(chunk));
-            }};
-  }
-  static constexpr vrwkv_cpu::PassKernels<WkvBackwardParams<scalar_t>> backward() {
-    using P = WkvBackwardParams<scalar_t>;
-    return {[](const P& p, int64_t b, int64_t i, int64_t c) {
-              const Chunk<scalar_t> chunk(p, b, i, c);
-              if constexpr (kHasFastPath<scalar_t>) {
-                if (fast_backward_states<causal>(p, chunk)) return;
-              }
-              backward_states<causal>(p, CarefulChunk(chunk));
-            },
-            backward_combine<scalar_t, causal>,
-            [](const P& p, int64_t b, int64_t i, int64_t c) {
-              const Chunk<scalar_t> chunk(p, b, i, c);
-              if constexpr (kHasFastPath<scalar_t>) {
-                if (fast_backward_outputs<causal>(p, chunk)) return;
-              }
-              backward_outputs<causal>(p, CarefulChunk(chunk));
-            }};
-  }
-};
+// The kernels of a pass: the fast path, and the careful one where that does not apply.
+template <bool causal, typename P>
+constexpr vrwkv_cpu::PassKernels<P> pass_kernels() {
+  using scalar_t = typename P::scalar_type;
+  constexpr bool kHasFastPath = std::is_same_v<acc_type<scalar_t>, float>;
+  return {[](const P& p, int64_t b, int64_t i, int64_t c) {
+            const Chunk<scalar_t> chunk(p, b, i, c);
+            if constexpr (kHasFastPath) {
+              if (fast_states<causal>(p, chunk)) return;
+            }
+            careful_states<causal>(p, CarefulChunk(chunk));
+          },
+          combine<causal, scalar_t>,
+          [](const P& p, int64_t b, int64_t i, int64_t c) {
+            const Chunk<scalar_t> chunk(p, b, i, c);
+            if constexpr (kHasFastPath) {
+              if (fast_outputs<causal>(p, chunk)) return;
+            }
+            careful_outputs<causal>(p, CarefulChunk(chunk));
+          }};
+}
 
 template <typename scalar_t>
 constexpr vrwkv_cpu::WkvKernels<scalar_t> make_table() {
-  return {{PassFunctions<scalar_t, false>::forward(), PassFunctions<scalar_t, true>::forward()},
-          {PassFunctions<scalar_t, false>::backward(), PassFunctions<scalar_t, true>::backward()}};
+  using Forward = WkvForwardParams<scalar_t>;
+  using Backward = WkvBackwardParams<scalar_t>;
+  return {{pass_kernels<false, Forward>(), pass_kernels<true, Forward>()},
+          {pass_kernels<false, Backward>(), pass_kernels<true, Backward>()}};
 }
 
 }  // namespace vrwkv

@@ -27,6 +27,7 @@ namespace {
 
 using vrwkv::kColumns;
 using vrwkv::kMaxChunk;
+using vrwkv::SharedChunk;
 using vrwkv::SharedTile;
 using vrwkv_ops::ceil_div;
 using vrwkv_ops::View;
@@ -147,11 +148,11 @@ __device__ void store_sums(const SharedTile<WkvBackwardParams<scalar_t>>& tile) 
 // registers.
 template <typename Pass>
 __device__ __noinline__ void careful_states(SharedTile<typename Pass::P> tile, int row, int column) {
-  Pass::careful_states(tile, row, column);
+  vrwkv::careful_states<Pass::kCausal>(tile.p, SharedChunk(tile, row, column));
 }
 template <typename Pass>
 __device__ __noinline__ void careful_outputs(SharedTile<typename Pass::P> tile, int row, int column) {
-  Pass::careful_outputs(tile, row, column);
+  vrwkv::careful_outputs<Pass::kCausal>(tile.p, SharedChunk(tile, row, column));
 }
 
 // Without `outputs`, writes the own state of each tile to p.states. With it, p.states (if any) holds the states that enter the
@@ -219,7 +220,7 @@ __global__ void __launch_bounds__(kMaxRows* kColumns, Occupancy<typename Pass::P
 
 // A block of threads joins the tiles of 32 channels of one image in one direction; each warp takes a segment.
 template <typename Pass>
-__global__ void __launch_bounds__(kColumns* vrwkv::kSegments) join_kernel(const typename Pass::P p) {
+__global__ void __launch_bounds__(kColumns* vrwkv::kSegments) join_kernel(const __grid_constant__ typename Pass::P p) {
   using SegmentSum = vrwkv::SegmentSum<Pass::template State>;
   using ChunkJoiner = vrwkv::ChunkJoiner<Pass::template State, typename Pass::P>;
   __shared__ __align__(alignof(SegmentSum)) unsigned char memory[sizeof(SegmentSum) * kColumns * vrwkv::kSegments];

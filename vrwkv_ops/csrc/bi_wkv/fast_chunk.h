@@ -121,7 +121,7 @@ struct FastChunk {
 };
 
 template <typename scalar_t>
-VRWKV_FN FastChunk<scalar_t> fast_forward_chunk(const WkvForwardParams<scalar_t>& p, const Chunk<scalar_t>& chunk) {
+VRWKV_FN FastChunk<scalar_t> make_fast_chunk(const WkvForwardParams<scalar_t>& p, const Chunk<scalar_t>& chunk) {
   FastChunk<scalar_t> fast(chunk);
   fast.set_top([&](ChannelVector<float>& x, int t) VRWKV_INLINE_LAMBDA {
     chunk.prefetch_inputs(t + kPrefetchTokens, p.k, p.v);
@@ -133,8 +133,8 @@ VRWKV_FN FastChunk<scalar_t> fast_forward_chunk(const WkvForwardParams<scalar_t>
 }
 
 template <bool causal, typename scalar_t>
-VRWKV_FN bool fast_forward_states(const WkvForwardParams<scalar_t>& p, const Chunk<scalar_t>& chunk) {
-  const auto fast = fast_forward_chunk(p, chunk);
+VRWKV_FN bool fast_states(const WkvForwardParams<scalar_t>& p, const Chunk<scalar_t>& chunk) {
+  const auto fast = make_fast_chunk(p, chunk);
   if (!fast.fits) return false;
   alignas(kAlignment) float weights[kMaxChunk][kWidth];
   ChannelVector<float> k, v;
@@ -161,8 +161,8 @@ VRWKV_FN bool fast_forward_states(const WkvForwardParams<scalar_t>& p, const Chu
 }
 
 template <bool causal, typename scalar_t>
-VRWKV_FN bool fast_forward_outputs(const WkvForwardParams<scalar_t>& p, const Chunk<scalar_t>& chunk) {
-  auto fast = fast_forward_chunk(p, chunk);
+VRWKV_FN bool fast_outputs(const WkvForwardParams<scalar_t>& p, const Chunk<scalar_t>& chunk) {
+  auto fast = make_fast_chunk(p, chunk);
   WkvStateVector<float> left, right;
   chunk.read_state(left, 0);
   if constexpr (!causal) chunk.read_state(right, 1);
@@ -206,7 +206,7 @@ VRWKV_FN bool fast_forward_outputs(const WkvForwardParams<scalar_t>& p, const Ch
 }
 
 template <typename scalar_t>
-VRWKV_FN FastChunk<scalar_t> fast_backward_chunk(const WkvBackwardParams<scalar_t>& p, const Chunk<scalar_t>& chunk) {
+VRWKV_FN FastChunk<scalar_t> make_fast_chunk(const WkvBackwardParams<scalar_t>& p, const Chunk<scalar_t>& chunk) {
   FastChunk<scalar_t> fast(chunk);
   fast.set_top([&](ChannelVector<float>& x, int t) VRWKV_INLINE_LAMBDA {
     SavedToken<scalar_t>::prefetch_inputs(p, chunk, t + kPrefetchTokens);
@@ -217,8 +217,8 @@ VRWKV_FN FastChunk<scalar_t> fast_backward_chunk(const WkvBackwardParams<scalar_
 }
 
 template <bool causal, typename scalar_t>
-VRWKV_FN bool fast_backward_states(const WkvBackwardParams<scalar_t>& p, const Chunk<scalar_t>& chunk) {
-  const auto fast = fast_backward_chunk(p, chunk);
+VRWKV_FN bool fast_states(const WkvBackwardParams<scalar_t>& p, const Chunk<scalar_t>& chunk) {
+  const auto fast = make_fast_chunk(p, chunk);
   if (!fast.fits) return false;
   const Distances<int64_t> distances{p.tokens, causal};
   const DistanceFactorsVector<float> counting(chunk);
@@ -249,8 +249,8 @@ VRWKV_FN bool fast_backward_states(const WkvBackwardParams<scalar_t>& p, const C
 
 // The weight e^(k + u - z) of a token in its own output is at most 1, so that no key exceeds the range of the e^(-z).
 template <bool causal, typename scalar_t>
-VRWKV_FN bool fast_backward_outputs(const WkvBackwardParams<scalar_t>& p, const Chunk<scalar_t>& chunk) {
-  auto fast = fast_backward_chunk(p, chunk);
+VRWKV_FN bool fast_outputs(const WkvBackwardParams<scalar_t>& p, const Chunk<scalar_t>& chunk) {
+  auto fast = make_fast_chunk(p, chunk);
   GradStateVector<float> left, right;
   chunk.read_state(right, 1);
   if constexpr (!causal) chunk.read_state(left, 0);

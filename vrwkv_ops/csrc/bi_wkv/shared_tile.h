@@ -104,7 +104,7 @@ struct SharedTile {
     tokens = static_cast<int>(p.tokens - first < p.chunk_length ? p.tokens - first : p.chunk_length);
   }
 
-  static VRWKV_FN int64_t column_blocks(int64_t channels) { return (channels + kColumns - 1) / kColumns; }
+  static VRWKV_FN int64_t column_blocks(int64_t channels) { return vrwkv_ops::ceil_div(channels, kColumns); }
   static VRWKV_FN size_t bytes(int rows) {
     const size_t tokens = kFast ? kMaxChunk : 0;
     const size_t token = Layout::kInputs * sizeof(scalar_t) + (Layout::kHasLogs ? sizeof(T) : 0);
@@ -194,10 +194,7 @@ struct SharedChunk : Chunk<typename P::scalar_type> {
     this->length = tile.length(row);
   }
 
-  VRWKV_FN void read_decay(DecayVector<T>& to, int n) const {
-    const Decay<T> row = tile.decay(n, column);
-    to.power.x[0] = row.power, to.inverse.x[0] = row.inverse, to.exponent.x[0] = row.exponent;
-  }
+  VRWKV_FN void read_decay(DecayVector<T>& to, int n) const { to.set(0, tile.decay(n, column)); }
   template <typename State>
   VRWKV_FN void read_state(StateVector<State, T>& to, int direction) const {
     to.set(0, tile.template read_state<State>(row, direction, column));
@@ -270,17 +267,10 @@ struct FastChunk {
 template <typename scalar_t, bool causal>
 struct WkvForwardPass {
   using P = WkvForwardParams<scalar_t>;
-  using T = typename P::acc_t;
   template <typename N>
   using State = WkvState<N>;
+  static constexpr bool kCausal = causal;
   static constexpr int kFirstDirection = 0, kDirections = causal ? 1 : 2;
-
-  static VRWKV_FN void careful_states(const SharedTile<P>& tile, int row, int column) {
-    forward_states<causal>(tile.p, SharedChunk<P>(tile, row, column));
-  }
-  static VRWKV_FN void careful_outputs(const SharedTile<P>& tile, int row, int column) {
-    forward_outputs<causal>(tile.p, SharedChunk<P>(tile, row, column));
-  }
 
   struct Fast : FastChunk<P> {
     bool shares_exponent;
@@ -364,17 +354,10 @@ struct WkvForwardPass {
 template <typename scalar_t, bool causal>
 struct WkvBackwardPass {
   using P = WkvBackwardParams<scalar_t>;
-  using T = typename P::acc_t;
   template <typename N>
   using State = GradState<N>;
+  static constexpr bool kCausal = causal;
   static constexpr int kFirstDirection = causal ? 1 : 0, kDirections = causal ? 1 : 2;
-
-  static VRWKV_FN void careful_states(const SharedTile<P>& tile, int row, int column) {
-    backward_states<causal>(tile.p, SharedChunk<P>(tile, row, column));
-  }
-  static VRWKV_FN void careful_outputs(const SharedTile<P>& tile, int row, int column) {
-    backward_outputs<causal>(tile.p, SharedChunk<P>(tile, row, column));
-  }
 
   struct Fast : FastChunk<P> {
     bool shares_exponent;

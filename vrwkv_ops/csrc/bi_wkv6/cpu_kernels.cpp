@@ -19,6 +19,7 @@ namespace vrwkv {
 
 using vrwkv_cpu::kWkv6Columns;
 using vrwkv_ops::acc_type;
+using vrwkv_ops::ceil_div;
 using vrwkv_ops::View;
 using vrwkv_ops::Wkv6BackwardParams;
 using vrwkv_ops::Wkv6ForwardParams;
@@ -175,8 +176,8 @@ VRWKV_FN Factor<T> transposed(const T (*x)[kMaxSize]) {
 enum class Scale { kNone, kOfRows, kOfColumns };
 
 template <int kPitch, Scale of, int kWidth, typename T>
-VRWKV_FN void multiply_tile(T* to, const T* from, const T* scale, int row, int column, const Factor<T>& a, const T* b,
-                            int depth) {
+VRWKV_FN void multiply_tile(T* to, const T* from, int row, int column, const Factor<T>& a, const T* b, int depth,
+                            const T* scale) {
   using R = Row<T, kWidth>;
   R sum[kTileRows];
   VRWKV_UNROLL
@@ -201,15 +202,16 @@ VRWKV_FN void multiply_tile(T* to, const T* from, const T* scale, int row, int c
 }
 
 template <int kPitch, Scale of = Scale::kNone, typename T>
-void multiply(T* to, const T* from, const T* scale, int rows, int columns, const Factor<T>& a, const T* b, int depth) {
+void multiply(T* to, const std::common_type_t<T>* from, int rows, int columns, const Factor<T>& a, const T* b, int depth,
+              const T* scale = nullptr) {
   int column = 0;
   if constexpr (kPitch >= kWideColumns)
     for (; column + kWideColumns <= columns; column += kWideColumns)
       for (int row = 0; row < rows; row += kTileRows)
-        multiply_tile<kPitch, of, kWideColumns>(to, from, scale, row, column, a, b, depth);
+        multiply_tile<kPitch, of, kWideColumns>(to, from, row, column, a, b, depth, scale);
   for (; column < columns; column += kColumns)
     for (int row = 0; row < rows; row += kTileRows)
-      multiply_tile<kPitch, of, kColumns>(to, from, scale, row, column, a, b, depth);
+      multiply_tile<kPitch, of, kColumns>(to, from, row, column, a, b, depth, scale);
 }
 
 template <typename T>
@@ -265,7 +267,7 @@ VRWKV_FN void copy_channels(To* __restrict to, const From* __restrict from, int6
 template <typename T, typename scalar_t>
 VRWKV_FN void read(Tokens<T>& to, const View<scalar_t>& from, int64_t image, const Chunk<T>& chunk, int64_t channel,
                    int64_t size, int64_t tokens, int64_t ahead) {
-  const int64_t width = (size + kColumns - 1) / kColumns * kColumns;
+  const int64_t width = ceil_div(size, kColumns) * kColumns;
   for (int64_t t = 0; t < chunk.count; ++t) {
     const scalar_t* row = from.row(image, chunk.begin + t, channel);
     const int64_t next = chunk.begin + t + ahead;
@@ -493,8 +495,8 @@ VRWKV_FN void write(scalar_t* to, int64_t channels, const T* from, int64_t count
 template <bool causal, typename scalar_t>
 void forward(const Wkv6ForwardParams<scalar_t>& p, int64_t image, int64_t head, int64_t first, int64_t last) {
   using T = acc_type<scalar_t>;
-  const int64_t chunks = (p.tokens + kChunk - 1) / kChunk, channels = p.heads * p.size, shown = std::min(last, p.size) - first;
-  const int width = (p.size + kColumns - 1) / kColumns * kColumns, columns = last - first;
+  const int64_t chunks = ceil_div(p.tokens, kChunk), channels = p.heads * p.size, shown = std::min(last, p.size) - first;
+  const int width = ceil_div(p.size, kColumns) * kColumns, columns = last - first;
   struct alignas(kVectorBytes) Work {
     Chunk<T> chunk;
     Decays<T> decays;
@@ -513,8 +515,8 @@ void forward(const Wkv6ForwardParams<scalar_t>& p, int64_t image, int64_t head, 
   const auto u = padded_bonus(p.u, head, p.size);
   // r decays from the edge of the chunk where the state enters, and k to the other edge.
   const auto visit = [&](const Tokens<T>& r, const Tokens<T>& k, const T* whole, T* y, bool is_last) {
-    multiply<kMaxSize>(y, y, y, kChunk, columns, rows_of(r), state, width);
-    multiply<kMaxSize, Scale::kOfRows>(state, state, whole, width, columns, transposed(k), chunk.v[0] + first, kChunk);
+    multiply<kMaxSize>(y, y, kChunk, columns, rows_of(r), state, width);
+    multiply<kMaxSize, Scale::kOfRows>(state, state, width, columns, transposed(k), chunk.v[0] + first, kChunk, whole);
     if (is_last)
       write(p.y + (image * p.tokens + chunk.begin) * channels + head * p.size + first, channels, y, chunk.count, shown);
   };
@@ -524,8 +526,7 @@ void forward(const Wkv6ForwardParams<scalar_t>& p, int64_t image, int64_t head, 
     read<T, scalar_t>(chunk, p, &p.w, nullptr, image, head, n, n + 1);
     set_decays(chunk, width);
     find_scores<causal, false, T>(chunk, u.data(), width, work->scores, nullptr, nullptr);
-    multiply<kMaxSize, Scale::kNone, T>(kept.y[0], nullptr, nullptr, kChunk, columns, {work->scores[0], kChunk, 1},
-                                        chunk.v[0] + first, kChunk);
+    multiply<kMaxSize>(kept.y[0], nullptr, kChunk, columns, {work->scores[0], kChunk, 1}, chunk.v[0] + first, kChunk);
     decay_to_edges<causal>(chunk, width, work->r, work->k, kept.r, kept.k);
     visit(work->r, work->k, work->decays.whole, kept.y[0], causal);
     if constexpr (!causal) std::copy_n(work->decays.whole, width, kept.whole);
@@ -554,7 +555,7 @@ void add_states(const Chunk<T>& chunk, int width, const T* s, const T* a, Tokens
   const auto& of_k = reverse ? chunk.before : chunk.after;
   const auto add = [&](const Tokens<T>& g, const T* state, const Tokens<T>& decay, const Tokens<T>& x, Tokens<T>& sum,
                        Tokens<T>& left) {
-    multiply<kMaxSize, Scale::kNone, T>(part[0], nullptr, nullptr, kChunk, width, rows_of(g), state, width);
+    multiply<kMaxSize>(part[0], nullptr, kChunk, width, rows_of(g), state, width);
     for (int t = 0; t < kChunk; ++t)
       for (int c = 0; c < width; c += kColumns) {
         const auto scaled = Columns<T>::load(part[t] + c) * Columns<T>::load(decay[t] + c);
@@ -567,8 +568,7 @@ void add_states(const Chunk<T>& chunk, int width, const T* s, const T* a, Tokens
   add(chunk.v, a, of_k, chunk.k, sums.k, reverse ? sums.of_later : sums.of_earlier);
   product(part, chunk.k, of_k, width);
   transpose(turned, part, kChunk, width);
-  multiply<kChunk, Scale::kNone, T>(sums.v[0], reverse ? sums.v[0] : nullptr, nullptr, width, kChunk, {a, kMaxSize, 1},
-                                    turned[0], width);
+  multiply<kChunk>(sums.v[0], reverse ? sums.v[0] : nullptr, width, kChunk, {a, kMaxSize, 1}, turned[0], width);
   // Pairs of tokens on both sides of the chunk.
   for (int c = 0; c < width; c += kColumns) {
     auto sum = Columns<T>::filled(T(0));
@@ -598,7 +598,7 @@ struct alignas(kVectorBytes) Backward {
   void move(T* to, const T* from, const Chunk<T>& chunk, const Tokens<T>& values, const Tokens<T>& keys, const Tokens<T>& decay,
             int width) {
     product(part, keys, decay, width);
-    multiply<kMaxSize, Scale::kOfColumns>(to, from, chunk.decays->whole, width, width, transposed(values), part[0], kChunk);
+    multiply<kMaxSize, Scale::kOfColumns>(to, from, width, width, transposed(values), part[0], kChunk, chunk.decays->whole);
   }
   void move(States& to, const States& from, const Chunk<T>& chunk, int width) {
     move(to.of[0], from.of[0], chunk, chunk.v, chunk.k, chunk.after, width);
@@ -608,7 +608,7 @@ struct alignas(kVectorBytes) Backward {
   // Computes the gradients of a chunk, in sums, and moves the states after it to before it.
   void find_gradients(const Chunk<T>& chunk, const States& before, const T* u, int width) {
     transpose(turned, chunk.v, kChunk, width);
-    multiply<kChunk, Scale::kNone, T>(gscores[0], nullptr, nullptr, kChunk, kChunk, rows_of(chunk.g), turned[0], width);
+    multiply<kChunk>(gscores[0], nullptr, kChunk, kChunk, rows_of(chunk.g), turned[0], width);
     add_states<false>(chunk, width, before.of[0], a_after, part, turned, sums);
     if constexpr (!causal) add_states<true>(chunk, width, s_after, before.of[1], part, turned, sums);
     for (int c = 0; c < width; c += kColumns) {
@@ -623,7 +623,7 @@ struct alignas(kVectorBytes) Backward {
       }
     }
     find_scores<causal, true>(chunk, u, width, scores, gscores, &sums);
-    multiply<kChunk>(sums.v[0], sums.v[0], sums.v[0], width, kChunk, transposed(chunk.g), scores[0], kChunk);
+    multiply<kChunk>(sums.v[0], sums.v[0], width, kChunk, transposed(chunk.g), scores[0], kChunk);
     move(a_after, a_after, chunk, chunk.g, chunk.r, chunk.before, width);
     if constexpr (!causal) move(s_after, s_after, chunk, chunk.v, chunk.k, chunk.before, width);
   }
@@ -633,9 +633,9 @@ template <bool causal, typename scalar_t>
 void backward(const Wkv6BackwardParams<scalar_t>& p, int64_t image, int64_t head) {
   using T = acc_type<scalar_t>;
   using Work = Backward<causal, T>;
-  const int64_t chunks = (p.tokens + kChunk - 1) / kChunk, step = std::min(chunks, kSegment);
-  const int64_t segments = (chunks + step - 1) / step, size = p.size, channels = p.heads * size;
-  const int width = (size + kColumns - 1) / kColumns * kColumns;
+  const int64_t chunks = ceil_div(p.tokens, kChunk), step = std::min(chunks, kSegment);
+  const int64_t segments = ceil_div(chunks, step), size = p.size, channels = p.heads * size;
+  const int width = ceil_div(size, kColumns) * kColumns;
   const Memory<Work> work;
   const Memory<Chunk<T>> kept(step);
   const Memory<typename Work::States> states(step);  // after each kept chunk

@@ -66,43 +66,39 @@ __global__ void __launch_bounds__(kBlockThreads)
   });
 }
 
-// A block of threads covers kColumns vectors of channels and kRows tokens, and loops over pieces of rows. Each thread sums the
-// gradients of the mixes over its tokens; the first row of threads then sums over all threads in a fixed order.
+// A block of threads covers kColumns vectors of channels and kRows tokens, and loops over the rows of a piece. Each thread sums
+// the gradients of the mixes over its tokens; the first row of threads then sums over all threads in a fixed order.
 constexpr int kColumns = 16, kRows = kBlockThreads / kColumns;
 
 template <int kMixes, int kLanes, typename scalar_t>
 __global__ void __launch_bounds__(kBlockThreads)
-    shift_backward_kernel(const TokenShiftBackwardParams<scalar_t> p, int64_t pieces) {
+    shift_backward_kernel(const __grid_constant__ TokenShiftBackwardParams<scalar_t> p) {
   using T = acc_type<scalar_t>;
   __shared__ T shared[kRows][kMixes][kLanes][kColumns];
   const int column = threadIdx.x % kColumns, row_of_threads = threadIdx.x / kColumns;
-  const int64_t c = (static_cast<int64_t>(blockIdx.y) * kColumns + column) * kLanes;
+  const int64_t piece = blockIdx.x, c = (static_cast<int64_t>(blockIdx.y) * kColumns + column) * kLanes;
   const int64_t tokens = p.geometry.tokens(), rows = p.batch * tokens;
-  const int group = p.geometry.group(c);
-  for (int64_t piece = blockIdx.x; piece < pieces; piece += gridDim.x) {
-    vrwkv::Vector<T, kLanes> gmixes[kMixes];
-    const int64_t first = piece * p.piece_rows, last = first + p.piece_rows < rows ? first + p.piece_rows : rows;
-    if (c < p.channels) {
-      for (int64_t row = first + row_of_threads; row < last; row += kRows) {
-        const int64_t t = row % tokens;
-        vrwkv::shift_backward<kMixes, kLanes>(p, row / tokens, t, p.geometry.neighbour(t, group, false),
-                                              p.geometry.neighbour(t, group, true), c, gmixes);
-      }
+  const int64_t first = piece * p.piece_rows, last = first + p.piece_rows < rows ? first + p.piece_rows : rows;
+  vrwkv::Vector<T, kLanes> gmixes[kMixes];
+  if (c < p.channels) {
+    const int group = p.geometry.group(c);
+    for (int64_t row = first + row_of_threads; row < last; row += kRows) {
+      const int64_t t = row % tokens;
+      vrwkv::shift_backward<kMixes, kLanes>(p, row / tokens, t, p.geometry.neighbour(t, group, false),
+                                            p.geometry.neighbour(t, group, true), c, gmixes);
     }
-    for (int n = 0; n < kMixes; ++n) {
-      for (int j = 0; j < kLanes; ++j) shared[row_of_threads][n][j][column] = gmixes[n].x[j];
+  }
+  for (int n = 0; n < kMixes; ++n) {
+    for (int j = 0; j < kLanes; ++j) shared[row_of_threads][n][j][column] = gmixes[n].x[j];
+  }
+  __syncthreads();
+  if (row_of_threads > 0 || c >= p.channels) return;
+  for (int n = 0; n < kMixes; ++n) {
+    for (int j = 0; j < kLanes; ++j) {
+      T sum = T(0);
+      for (int i = 0; i < kRows; ++i) sum += shared[i][n][j][column];
+      p.gmixes[(piece * kMixes + n) * p.channels + c + j] = sum;
     }
-    __syncthreads();
-    if (row_of_threads == 0 && c < p.channels) {
-      for (int n = 0; n < kMixes; ++n) {
-        for (int j = 0; j < kLanes; ++j) {
-          T sum = T(0);
-          for (int i = 0; i < kRows; ++i) sum += shared[i][n][j][column];
-          p.gmixes[(piece * kMixes + n) * p.channels + c + j] = sum;
-        }
-      }
-    }
-    __syncthreads();  // before the next piece overwrites
   }
 }
 
@@ -155,7 +151,7 @@ struct CudaBackend {
     TORCH_CHECK(columns <= 65535, "token_shift_backward: expected at most ", 65535 * kColumns * kLanes,
                 " channels on CUDA, got ", p.channels);
     const dim3 grid(static_cast<unsigned>(pieces), static_cast<unsigned>(columns));
-    shift_backward_kernel<kMixes, kLanes><<<grid, kBlockThreads, 0, at::cuda::getCurrentCUDAStream()>>>(p, pieces);
+    shift_backward_kernel<kMixes, kLanes><<<grid, kBlockThreads, 0, at::cuda::getCurrentCUDAStream()>>>(p);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
 };

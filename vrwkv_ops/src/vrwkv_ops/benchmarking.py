@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -25,9 +25,15 @@ DTYPES = {str(x).removeprefix('torch.'): x for x in (torch.float32, torch.float1
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """A parser with the arguments of every benchmark."""
+    """A parser with the arguments of every benchmark, and ``--peer`` for those of Bi-WKV.
 
-    def __init__(self, description: str, out: str) -> None:
+    Args:
+        description: Of the benchmark.
+        out: Name of the folder for results.
+        kernels: Names that no peer may have; without any, the benchmark takes no peers.
+    """
+
+    def __init__(self, description: str, out: str, kernels: Collection[str] = ()) -> None:
         super().__init__(
             description=description, formatter_class=argparse.RawDescriptionHelpFormatter
         )
@@ -48,19 +54,29 @@ class ArgumentParser(argparse.ArgumentParser):
             help='timed rounds; the median counts (default: 5)',
         )
         self.add_argument(
-            '--peer',
-            action='append',
-            default=[],
-            type=Peer,
-            metavar='NAME=FILE.py:FUNCTION',
-            help='measure another kernel, FUNCTION(w, u, k, v) -> y like bi_wkv; repeatable',
-        )
-        self.add_argument(
             '--out',
             type=Path,
             default=Path('work_dirs') / out,
             help='folder for NAME.json and NAME.png (default: %(default)s)',
         )
+        self.kernels = kernels
+        if kernels:
+            self.add_argument(
+                '--peer',
+                action='append',
+                default=[],
+                type=Peer,
+                metavar='NAME=FILE.py:FUNCTION',
+                help='measure another kernel, FUNCTION(w, u, k, v) -> y like bi_wkv; repeatable',
+            )
+
+    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+        """Parse, and check the names of the peers."""
+        parsed = super().parse_args(args, namespace)
+        names = [peer.name for peer in getattr(parsed, 'peer', ())]
+        if len({*names, *self.kernels}) < len(names) + len(self.kernels):
+            self.error(f'--peer needs names that differ from each other and from ours, got {names}')
+        return parsed
 
 
 def default_device() -> torch.device:

@@ -23,9 +23,10 @@ def _read(ptr, at, i, exists, ACC: tl.constexpr):
 @triton.jit
 def forward_kernel(
     r_ptr, k_ptr, v_ptr, d_ptr, u_ptr, y_ptr, T, H, N,
-    ACC: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
+    CAUSAL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Compute y of one head for BLOCK_V value channels, in the accumulation dtype."""
+    """Compute y of one head for BLOCK_V value channels, in the accumulation dtype, u's."""
+    ACC: tl.constexpr = u_ptr.dtype.element_ty
     program = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(N, BLOCK_V)
     head = program // blocks % H
@@ -62,12 +63,13 @@ def forward_kernel(
 def backward_kernel(
     gy_ptr, r_ptr, k_ptr, v_ptr, d_ptr, u_ptr, gr_ptr, gk_ptr, gv_ptr, gd_ptr, gu_ptr,
     edges_ptr, states_ptr, T, H, N, chunks,
-    ACC: tl.constexpr, REVERSE: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
+    REVERSE: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Compute one head's gradients of one direction; the reverse one adds its own.
 
     ``gd`` is the gradient of the decays, from states times adjoint states.
     """
+    ACC: tl.constexpr = u_ptr.dtype.element_ty
     program = tl.program_id(0).to(tl.int64)
     head = program % H
     step = tl.cast(N, tl.int64) * H
@@ -156,11 +158,7 @@ def _check(
 
 
 def _decays(w: Tensor, u: Tensor) -> Tensor:
-    return torch.exp(-torch.exp(w.double())).to(u.dtype).contiguous()
-
-
-def _acc(u: Tensor) -> tl.dtype:
-    return tl.float64 if u.dtype == torch.float64 else tl.float32
+    return torch.exp(-torch.exp(w.double())).to(u.dtype)
 
 
 def _new(v: Tensor, u: Tensor) -> Tensor:
@@ -177,7 +175,7 @@ def forward(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, causal: bool)
         inputs = (x.contiguous() for x in (r, k, v, _decays(w, u), u))
         with torch.cuda.device_of(v):
             forward_kernel[(programs,)](
-                *inputs, y, v.shape[1], heads, size, ACC=_acc(u), CAUSAL=causal,
+                *inputs, y, v.shape[1], heads, size, CAUSAL=causal,
                 BLOCK_N=triton.next_power_of_2(size), BLOCK_V=_COLUMNS,
             )  # fmt: skip
     return y.to(v.dtype)
@@ -201,7 +199,7 @@ def backward(
             for reverse in (False,) if causal else (False, True):
                 backward_kernel[(programs,)](
                     *inputs, gr, gk, gv, gd, gu, edges, states, v.shape[1], heads, size, chunks,
-                    ACC=_acc(u), REVERSE=reverse, BLOCK_N=block, CHUNK=_CHUNK,
+                    REVERSE=reverse, BLOCK_N=block, CHUNK=_CHUNK,
                 )  # fmt: skip
     exponent = w.double().clamp(max=LARGE)  # where w is large, the decay is 0
     gw = (-torch.exp(exponent - torch.exp(exponent)) * gd).to(w.dtype).contiguous()
