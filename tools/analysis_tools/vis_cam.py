@@ -39,7 +39,7 @@ def find_tool() -> Path:
 def run_tool(run_name: str | None = None) -> dict:
     """Run mmpretrain's tool and return its names.
 
-    It asks pkg_resources, which setuptools 81 dropped, for the version of grad-cam.
+    It asks pkg_resources, which newer releases of setuptools lack, for the version of grad-cam.
     """
     stand_in = types.ModuleType('pkg_resources')
     stand_in.get_distribution = importlib.metadata.distribution

@@ -92,10 +92,9 @@ def load_url(
 def find_packages_without_pkg_resources() -> None:
     """Make mmengine find installed packages through ``importlib``.
 
-    mmengine 0.10 reads ``_base_ = 'mmdet::...'`` with ``pkg_resources``, which setuptools 81
-    removed and which new environments lack. It also looks for the distribution ``mmsegmentation``,
-    which the onedl forks call ``onedl-mmsegmentation``. This may go when mmengine uses
-    ``importlib`` and the import names.
+    mmengine 0.10 reads ``_base_ = 'mmdet::...'`` with ``pkg_resources``, which new environments
+    lack. It also looks for the distribution ``mmsegmentation``, which the onedl forks call
+    ``onedl-mmsegmentation``. This may go when mmengine uses ``importlib`` and the import names.
     """
     from mmengine import config, hub, utils
 
