@@ -269,6 +269,18 @@ def serve_mmcv_ops() -> None:
         from mmcv.ops import MultiScaleDeformableAttention
 
         transformer.MultiScaleDeformableAttention = MultiScaleDeformableAttention
+    # onedl's mmdet and mmseg replace the operators by stubs there.
+    importers = [
+        module
+        for name, module in sys.modules.items()
+        if name.startswith(('mmdet.models.', 'mmseg.models.'))
+    ]
+    if importers:
+        from mmcv import ops
+
+        for module in importers:
+            for name in vars(module).keys() & set(ops.__all__):
+                setattr(module, name, getattr(ops, name))
 
 
 def describe() -> str:

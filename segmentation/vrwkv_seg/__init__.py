@@ -23,4 +23,5 @@ with explain_missing(
         MODELS.register_module(module=module)
     patches.keep_scope_of_mmseg()
     patches.check_images('mmseg')
+    patches.normalise_any_number_of_bands()
     register_flop_handlers()

@@ -13,6 +13,7 @@ from torch import nn
 from vrwkv.backbones import VRWKV, VRWKVAdapter
 from vrwkv.layers import adapter
 from vrwkv.layers.adapter import ConvFFN, DeformableAttention, DeformableInputs
+from vrwkv.mmcv_ops import installed
 
 BN = dict(type='BN')
 SMALL = dict(
@@ -501,4 +502,5 @@ def test_without_mmcv_the_error_says_what_to_install():
     result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "the adapter needs the package 'mmcv', which is not installed" in result.stdout
-    assert "pip install -e '.[detection]'" in result.stdout
+    remedy = 'onedl-mmengine' if 'onedl-mmcv' in installed() else "-e '.[detection]'"
+    assert f'pip install {remedy}' in result.stdout

@@ -254,15 +254,16 @@ def size_of(image: np.ndarray) -> str:
     return f'{image.shape[1]} x {image.shape[0]}'
 
 
-def check_bands(preprocessor: type[nn.Module]) -> None:
+def check_bands(preprocessor: type[nn.Module], drops_alpha: bool) -> None:
     """Make a data preprocessor name an image whose number of bands is not the model's.
 
     mmpretrain, mmdet and mmseg (all versions so far) fail in a subtraction that names no file, or
     mmdet drops the bands after the third. An image of one band becomes equal bands, as mmpretrain
-    and mmseg have it. mmdet's treatment of RGBA arrays, which drops the alpha channel, remains.
+    and mmseg have it.
 
     Args:
         preprocessor: Class of the data preprocessor; its ``mean`` has a value for each band.
+        drops_alpha: Whether it drops the alpha channel of RGBA arrays, as mmdet's does.
     """
     forward = preprocessor.forward
 
@@ -271,7 +272,7 @@ def check_bands(preprocessor: type[nn.Module]) -> None:
         mean = getattr(self, 'mean', None)
         images = data.get('inputs') if isinstance(data, dict) else None
         if mean is not None and mean.numel() > 1 and images is not None:
-            drops = getattr(self, '_channel_conversion', False)  # mmdet's name
+            drops = drops_alpha and self._channel_conversion
             _require_bands(images, data.get('data_samples'), mean.numel(), drops)
             if isinstance(images, list):
                 bands = mean.numel()

@@ -7,7 +7,7 @@ calls those that all tasks need, the task packages call the others in their ``__
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache, wraps
 from importlib import import_module
@@ -311,9 +311,34 @@ def check_images(library: str) -> None:
     import_module(f'{library}.datasets.transforms')  # registers the loader that is replaced
     transforms = import_module(f'{library}.registry').TRANSFORMS
     transforms.register_module('LoadImageFromFile', force=True, module=CheckedLoadImageFromFile)
-    check_bands(getattr(import_module(f'{library}.models'), kinds[library]))
+    check_bands(getattr(import_module(f'{library}.models'), kinds[library]), library == 'mmdet')
     if library == 'mmpretrain':
         import_module('mmpretrain.apis.image_classification').imread = imread
+
+
+@cache
+def normalise_any_number_of_bands() -> None:
+    """Let onedl-mmsegmentation's data preprocessor take a mean for each band, as mmsegmentation's.
+
+    onedl-mmsegmentation 1.4 takes means of one or three bands. This may go when it takes others.
+    """
+    from mmseg.models import SegDataPreProcessor
+
+    init = SegDataPreProcessor.__init__
+
+    @wraps(init)
+    def any_bands(
+        self, mean: Sequence | None = None, std: Sequence | None = None, *args, **kwargs
+    ) -> None:
+        if mean is None or std is None or len(mean) in (1, 3):
+            init(self, mean, std, *args, **kwargs)
+            return
+        init(self, None, None, *args, **kwargs)
+        self._enable_normalize = True
+        for name, values in dict(mean=mean, std=std).items():
+            self.register_buffer(name, torch.tensor(values).view(-1, 1, 1), False)
+
+    SegDataPreProcessor.__init__ = any_bands
 
 
 # --- mmpretrain ---------------------------------------------------------------------------------
